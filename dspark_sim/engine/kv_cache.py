@@ -1,0 +1,75 @@
+"""Keys and values of running requests: one slot per request, lengths kept by the caller.
+
+Rolling back rejected drafts is a length change: their places are overwritten by the next round. The tensors are
+[layers, slots, KV heads, max_len, head_dim], so that the batch's keys at one layer are a view whenever its slots
+are neighbours; slots are handed out lowest first to keep it so.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+
+from dspark_sim.errors import UserError
+
+
+class SlotCache:
+    """KV cache with a fixed number of slots.
+
+    Parameters
+    ----------
+    num_layers, num_slots, num_kv_heads, max_len, head_dim
+        Shape of the store.
+    dtype, device
+        Of the store.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        max_len: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_slots, num_kv_heads, max_len, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.max_len = max_len
+
+    def write(
+        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Store rows: keys and values [B, KV heads, head_dim] at (slots [B], positions [B])."""
+        self.keys[layer, slots, :, positions] = keys
+        self.values[layer, slots, :, positions] = values
+
+    def read(self, layer: int, slots: slice | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [R, KV heads, length, head_dim]; a view when `slots` is a slice."""
+        return self.keys[layer, slots, :, :length], self.values[layer, slots, :, :length]
+
+
+class SlotPool:
+    """Hands out slot numbers, lowest first."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._free = list(range(num_slots))
+        self._slots: dict[int, int] = {}
+
+    def acquire(self, request_id: int) -> int:
+        """A free slot for a request."""
+        if not self._free:
+            raise UserError("every KV slot is taken; raise max_num_seqs of the engine or lower the concurrency")
+        slot = self._slots[request_id] = heapq.heappop(self._free)
+        return slot
+
+    def release(self, request_id: int) -> None:
+        """Give a request's slot back."""
+        heapq.heappush(self._free, self._slots.pop(request_id))
+
+    def __getitem__(self, request_id: int) -> int:
+        return self._slots[request_id]

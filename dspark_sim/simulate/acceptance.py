@@ -1,0 +1,217 @@
+"""What was recorded: a drafted block at every position of every prompt's output.
+
+Anchor i of a prompt is its output token i. The block that starts there proposes output tokens i+1, i+2, ...; it is
+row i of the prompt's arrays, for i = 0 .. output_len-2. Decoding without loss gives the same output whatever the
+schedule, so a replay may start a block at any anchor, accept the shorter of what it verifies and what was accepted
+of the full block, and go on from there.
+
+Lengths and counts are in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dspark_sim.errors import UserError
+from dspark_sim.request import FinishReason
+from dspark_sim.trace import Trace
+
+IntArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPrompt:
+    """One prompt's recorded output.
+
+    Parameters
+    ----------
+    prompt_id, domain
+        Name and kind of the prompt.
+    prompt_len, max_tokens, output_len
+        Tokens of the prompt, most output tokens when it was recorded, and output tokens it gave.
+    finish_reason
+        ``"stop"`` if the last output token ends the sequence, ``"length"`` if `max_tokens` cut it.
+    first_row
+        Row of anchor 0 in the arrays of `RecordedAnchors`.
+    """
+
+    prompt_id: str
+    domain: str
+    prompt_len: int
+    max_tokens: int
+    output_len: int
+    finish_reason: FinishReason
+    first_row: int
+
+    @property
+    def rows(self) -> slice:
+        """The prompt's rows, anchor 0 first: one fewer than output tokens."""
+        return slice(self.first_row, self.first_row + self.output_len - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedAnchors:
+    """Dense anchors of a recorded trace, all prompts in one set of arrays of T rows.
+
+    Parameters
+    ----------
+    prompts
+        The recorded prompts by `prompt_id`; ``anchors.num_accepted[anchors.prompts[name].rows]`` is one prompt's.
+    request_prompts
+        `prompt_id` of every recorded request, in order of `request_id`.
+    num_accepted
+        [T], drafts of the full block that the target accepts.
+    draft_len
+        [T], drafts proposed; below γ where the drafter found fewer.
+    draft_tokens
+        [T, γ], token ids, -1 past `draft_len`.
+    confidence
+        [T, γ], estimated P(accept k | all before k accepted), NaN where there is none.
+    has_confidence
+        Whether the drafter estimates confidences.
+    """
+
+    prompts: Mapping[str, RecordedPrompt]
+    request_prompts: tuple[str, ...]
+    num_accepted: IntArray
+    draft_len: IntArray
+    draft_tokens: TokenArray
+    confidence: FloatArray
+    has_confidence: bool
+
+    @property
+    def block_size(self) -> int:
+        """Most tokens per block (γ)."""
+        return self.draft_tokens.shape[1]
+
+    def restricted(self, block_size: int) -> RecordedAnchors:
+        """The same anchors with every block cut to its first `block_size` tokens.
+
+        Raises
+        ------
+        UserError
+            If `block_size` is negative or above the recorded one.
+        """
+        if not 0 <= block_size <= self.block_size:
+            raise UserError(
+                f"block_size is {block_size} but the anchors were recorded with {self.block_size}; "
+                f"give 0 to {self.block_size}, or record again with a larger block"
+            )
+        return replace(
+            self,
+            num_accepted=np.minimum(self.num_accepted, block_size),
+            draft_len=np.minimum(self.draft_len, block_size),
+            draft_tokens=self.draft_tokens[:, :block_size],
+            confidence=self.confidence[:, :block_size],
+        )
+
+    @staticmethod
+    def from_trace(trace: Trace) -> RecordedAnchors:
+        """Anchors of the tables `requests` and `anchors`.
+
+        Of several requests with the same prompt the first one with anchors is kept: their outputs are identical.
+
+        Raises
+        ------
+        UserError
+            If the trace has no anchors, or those of a prompt are missing, incomplete or contradict its output.
+        """
+        table = trace.tables["anchors"]
+        requests = trace.requests.sort_values("request_id", kind="stable")
+        if requests.empty:
+            raise UserError("the trace has no finished request; record at least one")
+        if table.num_rows == 0 and bool((requests["output_len"] > 1).any()):
+            raise UserError("the trace has no anchors; record it with the dense pass, or give the recorded live trace")
+        owner = _integers(table, "request_id")
+        position = _integers(table, "position")
+        order = np.lexsort((position, owner))
+        owner, position = owner[order], position[order]
+        prompts: dict[str, RecordedPrompt] = {}
+        kept: list[IntArray] = [np.zeros(0, dtype=np.int64)]
+        num_rows = 0
+        for request in requests.itertuples():
+            first, last = np.searchsorted(owner, (request.request_id, request.request_id + 1))
+            if request.prompt_id in prompts or (last == first and request.output_len > 1):
+                continue
+            prompt = _recorded_prompt(request, num_rows)
+            expected = prompt.prompt_len + np.arange(prompt.output_len - 1)
+            if not np.array_equal(position[first:last], expected):
+                raise UserError(
+                    f"request {request.request_id} (prompt {prompt.prompt_id}) has {last - first} anchors and its "
+                    f"output needs one at each of {expected.size} positions; record it again"
+                )
+            prompts[prompt.prompt_id] = prompt
+            kept.append(order[first:last])
+            num_rows += expected.size
+        missing = [name for name in requests["prompt_id"] if name not in prompts]
+        if missing:
+            raise UserError(f"prompt {missing[0]} has no anchors; record it again with the dense pass")
+        return _assemble(trace, table.take(pa.array(np.concatenate(kept))), prompts, tuple(requests["prompt_id"]))
+
+
+def _recorded_prompt(request: pd.Series, first_row: int) -> RecordedPrompt:
+    return RecordedPrompt(
+        prompt_id=str(request.prompt_id),
+        domain=str(request.domain),
+        prompt_len=int(request.prompt_len),
+        max_tokens=int(request.max_tokens),
+        output_len=int(request.output_len),
+        finish_reason="stop" if request.finish_reason == "stop" else "length",
+        first_row=first_row,
+    )
+
+
+def _assemble(
+    trace: Trace, table: pa.Table, prompts: Mapping[str, RecordedPrompt], request_prompts: tuple[str, ...]
+) -> RecordedAnchors:
+    draft_len = _lengths(table, "draft_tokens")
+    num_accepted = _integers(table, "num_accepted")
+    # A drafter that finds fewer tokens than it may (prompt lookup) can leave every row short of its block size.
+    block_size = max(int(draft_len.max(initial=0)), int(trace.config.get("block_size") or 0))
+    confidence = _padded(table, "confidence", block_size, np.float64, np.nan)
+    for prompt in prompts.values():
+        limit = np.minimum(draft_len[prompt.rows], np.arange(prompt.output_len - 1, 0, -1))
+        excess = np.flatnonzero((num_accepted[prompt.rows] > limit) | (num_accepted[prompt.rows] < 0))
+        if excess.size:
+            raise UserError(
+                f"prompt {prompt.prompt_id} has num_accepted {num_accepted[prompt.rows][excess[0]]} at output token "
+                f"{excess[0]}, where at most {limit[excess[0]]} drafts can be accepted; record it again"
+            )
+    return RecordedAnchors(
+        prompts=prompts,
+        request_prompts=request_prompts,
+        num_accepted=num_accepted,
+        draft_len=draft_len,
+        draft_tokens=_padded(table, "draft_tokens", block_size, np.int32, -1),
+        confidence=confidence,
+        has_confidence=bool(trace.config.get("has_confidence", not np.isnan(confidence).all())),
+    )
+
+
+def _integers(table: pa.Table, name: str) -> IntArray:
+    values: IntArray = table[name].to_numpy().astype(np.int64)
+    return values
+
+
+def _lengths(table: pa.Table, name: str) -> IntArray:
+    lengths: IntArray = pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy().astype(np.int64)
+    return lengths
+
+
+def _padded(
+    table: pa.Table, name: str, width: int, dtype: type[np.int32] | type[np.float64], fill: float
+) -> npt.NDArray[np.generic]:
+    """A list column as an array [T, width]; short rows are filled up, long rows cut."""
+    lengths = _lengths(table, name)
+    padded = np.full((lengths.size, max(width, int(lengths.max(initial=0)))), fill, dtype=dtype)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = pc.list_flatten(table[name]).to_numpy()
+    return padded[:, :width]

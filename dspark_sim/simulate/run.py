@@ -1,0 +1,143 @@
+"""One simulated run: recorded anchors, a policy, a workload and a cost model in; a trace out.
+
+The loop, the scheduler and the policy are the live engine's own objects. Only the executor differs, and the seconds
+that an iteration takes are waited for in simulated time instead of being spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import cycle, islice
+from typing import Any
+
+import simpy
+from tqdm import tqdm
+
+from dspark_sim.cost import CostModel
+from dspark_sim.errors import UserError
+from dspark_sim.loop import DecodeLoop
+from dspark_sim.policy import Policy
+from dspark_sim.provenance import provenance
+from dspark_sim.request import Request
+from dspark_sim.scheduler import Scheduler, SchedulerConfig
+from dspark_sim.simulate.acceptance import RecordedAnchors
+from dspark_sim.simulate.executor import ReplayExecutor
+from dspark_sim.simulate.processes import Server, source, user
+from dspark_sim.trace import Trace, TraceRecorder
+from dspark_sim.workload import ClosedLoop, Workload
+
+
+def simulate(
+    recorded: Trace | RecordedAnchors,
+    policy: Policy,
+    workload: Workload,
+    cost: CostModel,
+    *,
+    num_requests: int | None = None,
+    block_size: int | None = None,
+    scheduler: SchedulerConfig | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Trace:
+    """Replay a recording under another policy, block size, load or hardware.
+
+    Parameters
+    ----------
+    recorded
+        A trace with anchors, or its anchors (build them once when many runs share them).
+    policy
+        Chooses how many drafted tokens are verified.
+    workload
+        Who asks when.
+    cost
+        Seconds of every part of an iteration.
+    num_requests
+        Requests to serve: the recorded ones in their order, repeated from the start when more are asked for;
+        ``None`` means every recorded one once.
+    block_size
+        Most drafted tokens per round; ``None`` keeps the recorded size.
+    scheduler
+        The server's limits. By default as many requests run at once as a closed loop has users (an open loop: the
+        default of `SchedulerConfig`), and the KV cache holds all of them.
+    seed
+        Added to the seed of a workload that draws arrivals; 0 leaves it. A closed loop has nothing random.
+    progress
+        Show a bar of finished requests on stderr.
+
+    Returns
+    -------
+    Trace
+        Of clock ``virtual``, with tables `requests`, `steps` and `drafts`; request_id is the place in the list.
+
+    Raises
+    ------
+    UserError
+        If there is nothing to replay, the block size is above the recorded one, the policy needs confidences that
+        were not recorded, or a request does not fit the server.
+    """
+    anchors = RecordedAnchors.from_trace(recorded) if isinstance(recorded, Trace) else recorded
+    executor = ReplayExecutor(anchors, cost, block_size)
+    requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests)
+    limits = scheduler or _ample(requests, workload, executor.block_size)
+    recorder = TraceRecorder("virtual")
+    loop = DecodeLoop(executor, Scheduler(limits, executor.block_size), policy, recorder, cost)
+    if not isinstance(workload, ClosedLoop):
+        workload = replace(workload, seed=workload.seed + seed)
+    with tqdm(total=len(requests), desc=policy.label(), unit="req", disable=not progress) as bar:
+        _run(loop, requests, workload, bar)
+    config = {
+        "source": "simulate",
+        "policy": policy.label(),
+        "policy_parameters": {"kind": type(policy).__name__, **asdict(policy)},
+        "workload": {"kind": type(workload).__name__, **asdict(workload)},
+        "num_requests": len(requests),
+        "block_size": executor.block_size,
+        "has_confidence": executor.has_confidence,
+        "scheduler": asdict(limits),
+        "acceptance_source": {
+            "kind": "recorded_anchors",
+            "num_prompts": len(anchors.prompts),
+            "block_size": anchors.block_size,
+        },
+        "cost": cost.to_json(),
+        "seed": seed,
+    }
+    return recorder.trace(config, provenance(seed=seed))
+
+
+def _run(loop: DecodeLoop, requests: list[Request], workload: Workload, bar: tqdm[Any]) -> None:
+    env = simpy.Environment()
+    server = Server(env, loop, on_finish=lambda request: bar.update())
+    if isinstance(workload, ClosedLoop):
+        shared: Iterator[Request] = iter(requests)
+        for _ in range(min(workload.num_users, len(requests))):
+            env.process(user(env, server, shared, workload.think_seconds))
+    else:
+        env.process(source(env, server, requests, workload.arrivals(len(requests)).tolist()))
+    env.run()
+
+
+def _requests(anchors: RecordedAnchors, num_requests: int) -> list[Request]:
+    if num_requests < 1:
+        raise UserError(f"num_requests is {num_requests}; simulate at least 1 request")
+    names = islice(cycle(anchors.request_prompts), num_requests)
+    prompts = [anchors.prompts[name] for name in names]
+    return [
+        Request(request_id, prompt.prompt_id, prompt.domain, prompt.prompt_len, prompt.max_tokens)
+        for request_id, prompt in enumerate(prompts)
+    ]
+
+
+def _ample(requests: list[Request], workload: Workload, block_size: int) -> SchedulerConfig:
+    """Limits under which memory never binds."""
+    default = SchedulerConfig()
+    longest = max(request.prompt_len + request.max_tokens for request in requests) + block_size + 1
+    max_num_seqs = workload.num_users if isinstance(workload, ClosedLoop) else default.max_num_seqs
+    pages_each = -(-longest // default.page_size)
+    return replace(
+        default,
+        max_num_seqs=max_num_seqs,
+        num_pages=max(default.num_pages, max_num_seqs * pages_each),
+        max_model_len=max(default.max_model_len, longest),
+    )

@@ -1,0 +1,146 @@
+"""Workloads: which prompts, and when they arrive.
+
+A closed loop has N users; each sends its next request when its last one is answered (after a think time). An open
+loop sends requests at times that do not depend on the server. Both take the same list of requests, in order, so
+that runs of different policies meet the same prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_sim.errors import UserError, explain_os_errors
+
+DOMAINS = ("math", "code", "chat")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt: its name, its domain and the user's turns (only the first is sent)."""
+
+    prompt_id: str
+    domain: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """N users who each wait for their answer before they ask again.
+
+    Parameters
+    ----------
+    num_users
+        Concurrency.
+    think_seconds
+        Pause between an answer and the same user's next request.
+    """
+
+    num_users: int
+    think_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_users < 1:
+            raise UserError(f"num_users is {self.num_users}; a closed loop needs at least 1 user")
+        if not self.think_seconds >= 0:
+            raise UserError(f"think_seconds is {self.think_seconds}; give 0 or more")
+
+
+@dataclass(frozen=True)
+class Poisson:
+    """Open loop with exponential gaps.
+
+    Parameters
+    ----------
+    rate
+        Requests per second.
+    seed
+        Keys the gaps.
+    """
+
+    rate: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < float("inf"):
+            raise UserError(f"rate is {self.rate} requests per second; give a positive number")
+
+    def arrivals(self, num_requests: int) -> npt.NDArray[np.float64]:
+        """Arrival times [num_requests] in seconds; the first gap starts at 0."""
+        gaps = np.random.default_rng(np.random.SeedSequence([self.seed, 0xA221])).exponential(
+            1.0 / self.rate, num_requests
+        )
+        return np.cumsum(gaps)
+
+
+Workload = ClosedLoop | Poisson
+
+
+def bundled_prompts(domains: Sequence[str] = DOMAINS, per_domain: int | None = None) -> list[Prompt]:
+    """The prompts shipped with the package, domains interleaved.
+
+    Parameters
+    ----------
+    domains
+        Any of ``math``, ``code``, ``chat``.
+    per_domain
+        Take the first so many of each; ``None`` means all.
+
+    Raises
+    ------
+    UserError
+        If a domain is unknown or nothing is left.
+    """
+    unknown = [domain for domain in domains if domain not in DOMAINS]
+    if unknown:
+        raise UserError(f"unknown domain {unknown[0]}; choose from {', '.join(DOMAINS)}")
+    folder = Path(__file__).parent / "prompts"
+    sets = [read_prompts(folder / f"{domain}.jsonl")[:per_domain] for domain in domains]
+    prompts = [prompt for prompt in chain.from_iterable(zip_longest(*sets)) if prompt is not None]
+    if not prompts:
+        raise UserError("zero prompts selected; ask for at least one domain and one prompt each")
+    return prompts
+
+
+def read_prompts(path: Path | str) -> list[Prompt]:
+    """Read prompts from JSON Lines with ``turns`` (or ``prompt``), optionally ``prompt_id`` and ``domain``.
+
+    Raises
+    ------
+    UserError
+        If the file is missing or empty, or a line is not such an object (the line is named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no prompt file at {path}; give a JSON Lines file with `turns`")
+    with explain_os_errors(path, "read"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} has zero prompts; give at least one line with `turns`")
+    if len({prompt.prompt_id for prompt in prompts}) < len(prompts):
+        raise UserError(f"{path} names a prompt_id twice; make them unique")
+    return prompts
+
+
+def _parse(path: Path, number: int, line: str) -> Prompt:
+    try:
+        record = json.loads(line)
+        turns = record["turns"] if "turns" in record else [record["prompt"]]
+        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+            raise ValueError("turns must be a list of non-empty texts")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} line {number} is not a prompt ({error}); each line needs `turns`") from error
+    name = record.get("prompt_id", record.get("question_id", f"{path.stem}-{number:04d}"))
+    return Prompt(str(name), str(record.get("domain", path.stem)), tuple(turns))
+
+
+def repeat(prompts: Sequence[Prompt], num_requests: int) -> Iterator[Prompt]:
+    """The first `num_requests` of the prompts, repeated in order as often as needed."""
+    return (prompts[index % len(prompts)] for index in range(num_requests))
