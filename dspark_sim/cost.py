@@ -72,11 +72,10 @@ class Curve:
         """
         if size.size == 0:
             raise UserError("no step to fit a cost curve from; profile at least one step of every kind")
-        knots = np.array([k for k in _LADDER if size.min() < k < size.max()], dtype=np.float64)
-        # Keep a knot only where data lies beside it, so that no level is free.
-        knots = np.unique(np.concatenate(([size.min()], knots, [size.max()])))
-        counts, _ = np.histogram(size, bins=knots) if knots.size > 1 else (np.zeros(0), None)
-        knots = knots[np.concatenate(([True], counts > 0))] if knots.size > 1 else knots
+        # One knot per step of the ladder, at the largest size seen there: every level has data, so none is free.
+        sizes = np.unique(size)
+        rungs = np.searchsorted(_LADDER, sizes)
+        knots = np.unique(np.concatenate((sizes[:1], sizes[np.append(rungs[1:] > rungs[:-1], True)])))
         ramps = [np.clip((size - low) / (high - low), 0.0, 1.0) for low, high in zip(knots, knots[1:], strict=False)]
         design = np.column_stack([np.ones_like(size), *ramps, *features.values()])
         scale = np.maximum(np.abs(design).max(axis=0), 1e-30)

@@ -301,4 +301,4 @@ def survival_of(drafts: DraftBatch) -> FloatArray:
     """Survival [R, γ] of drafted positions: cumulative product of confidence, 0 where nothing was drafted."""
     width = drafts.confidence.shape[1]
     drafted = np.arange(width) < drafts.draft_lens[:, None]
-    return np.cumprod(np.where(drafted, drafts.confidence, 0.0), axis=1)
+    return np.cumprod(np.where(drafted, drafts.confidence, 0.0), axis=1, dtype=np.float64)

@@ -73,12 +73,17 @@ class Scheduler:
         self.free_pages = config.num_pages
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request; refuses what `check` refuses."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run.
 
         Raises
         ------
         UserError
-            If the request could never run: longer than the model's context or than the whole cache.
+            If it is longer than the model's context or than the whole cache.
         """
         longest = request.prompt_len + request.max_tokens + self.reserve - 1
         limit = min(self.config.max_model_len, self.config.num_pages * self.config.page_size)
@@ -88,7 +93,6 @@ class Scheduler:
                 f"{request.max_tokens} output, {self.reserve - 1} draft tokens) but the context holds {limit}; "
                 "shorten the prompt, lower max_tokens, or raise max_model_len"
             )
-        self.waiting.append(request)
 
     @property
     def has_work(self) -> bool:

@@ -117,22 +117,26 @@ class Trace:
     @cached_property
     def requests(self) -> pd.DataFrame:
         """Table `requests` as a frame."""
-        return self.tables["requests"].to_pandas()
+        frame: pd.DataFrame = self.tables["requests"].to_pandas()
+        return frame
 
     @cached_property
     def steps(self) -> pd.DataFrame:
         """Table `steps` as a frame."""
-        return self.tables["steps"].to_pandas()
+        frame: pd.DataFrame = self.tables["steps"].to_pandas()
+        return frame
 
     @cached_property
     def drafts(self) -> pd.DataFrame:
         """Table `drafts` as a frame."""
-        return self.tables["drafts"].to_pandas()
+        frame: pd.DataFrame = self.tables["drafts"].to_pandas()
+        return frame
 
     @cached_property
     def anchors(self) -> pd.DataFrame:
         """Table `anchors` as a frame; empty unless a dense pass was made."""
-        return self.tables["anchors"].to_pandas()
+        frame: pd.DataFrame = self.tables["anchors"].to_pandas()
+        return frame
 
     def with_anchors(self, anchors: pa.Table, **config: Any) -> Trace:
         """The same trace with a dense pass's anchors and extra configuration entries."""

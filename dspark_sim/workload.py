@@ -120,7 +120,11 @@ def read_prompts(path: Path | str) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"no prompt file at {path}; give a JSON Lines file with `turns`")
     with explain_os_errors(path, "read"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            # Not splitlines: a text may hold U+2028 and the like unescaped.
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8 JSON Lines") from error
     prompts = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UserError(f"{path} has zero prompts; give at least one line with `turns`")
@@ -133,7 +137,11 @@ def _parse(path: Path, number: int, line: str) -> Prompt:
     try:
         record = json.loads(line)
         turns = record["turns"] if "turns" in record else [record["prompt"]]
-        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        if (
+            not isinstance(turns, list)
+            or not turns
+            or not all(isinstance(turn, str) and turn.strip() for turn in turns)
+        ):
             raise ValueError("turns must be a list of non-empty texts")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} line {number} is not a prompt ({error}); each line needs `turns`") from error

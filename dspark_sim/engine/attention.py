@@ -53,7 +53,10 @@ class RaggedBatch:
 
     def __post_init__(self) -> None:
         num_requests, self.max_query = len(self.lens), int(self.lens.max())
-        self.total_len = int((self.starts + self.lens).max())
+        longest = int((self.starts + self.lens).max())
+        # CUDA kernels are chosen, and planned, per shape: few shapes, or every step plans anew.
+        rounded = -(-longest // 64) * 64 if self.device.type == "cuda" else longest
+        self.total_len = min(rounded, self.cache.max_len)
         request_of_row = np.repeat(np.arange(num_requests), self.lens)
         column = np.arange(len(request_of_row)) - np.repeat(np.cumsum(self.lens) - self.lens, self.lens)
         positions = self.starts[request_of_row] + column
@@ -68,7 +71,7 @@ class RaggedBatch:
         )
         self._mask: torch.Tensor | None = None
         self._needs_mask = bool(
-            (self.causal and self.max_query > 1) or num_requests > 1 and (self.starts + self.lens).min() < self.total_len
+            (self.causal and self.max_query > 1) or (self.starts + self.lens).min() < self.total_len
         )
 
     @property
@@ -178,4 +181,6 @@ def register_attention() -> None:
     """Make `attn_implementation="dspark_ragged"` known to transformers; calling it again changes nothing."""
     from transformers import AttentionInterface
 
+    # cuDNN's kernel plans anew for every cache length, some 100 ms each time.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register(ATTENTION_NAME, _transformers_attention)

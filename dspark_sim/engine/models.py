@@ -85,11 +85,15 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        # GGUF weights have four bits; bfloat16 would round their products, float32 keeps them as they are.
-        model.to(torch.float32).save_pretrained(folder)
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = read.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        # A model read from GGUF refuses to be saved, though its weights are plain floats by now; a fresh one does not.
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -201,7 +205,7 @@ class Target:
         """
         captured: dict[int, torch.Tensor] = {}
         layers = tuple(feature_layers)
-        hooks = [self._capture(layer, captured) for layer in set(layers)]
+        hooks = [self.capture(layer, captured) for layer in set(layers)]
         try:
             logits = self.model(
                 input_ids=tokens[None],
@@ -215,7 +219,8 @@ class Target:
                 hook.remove()
         return logits, torch.cat([captured[layer][0] for layer in layers], dim=-1) if layers else None
 
-    def _capture(self, layer: int, captured: dict[int, torch.Tensor]) -> Any:
+    def capture(self, layer: int, captured: dict[int, torch.Tensor]) -> Any:
+        """Hook that keeps the raw output of a decoder layer (-1: the embedding) in `captured`; remove it after use."""
         module = self.model.get_input_embeddings() if layer < 0 else self.layers[layer]
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:

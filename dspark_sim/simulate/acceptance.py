@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -91,7 +91,7 @@ class RecordedAnchors:
     @property
     def block_size(self) -> int:
         """Most tokens per block (γ)."""
-        return self.draft_tokens.shape[1]
+        return int(self.draft_tokens.shape[1])
 
     def restricted(self, block_size: int) -> RecordedAnchors:
         """The same anchors with every block cut to its first `block_size` tokens.
@@ -126,48 +126,38 @@ class RecordedAnchors:
             If the trace has no anchors, or those of a prompt are missing, incomplete or contradict its output.
         """
         table = trace.tables["anchors"]
-        requests = trace.requests.sort_values("request_id", kind="stable")
-        if requests.empty:
+        columns = ["request_id", "prompt_id", "domain", "prompt_len", "max_tokens", "output_len", "finish_reason"]
+        requests = trace.tables["requests"].select(columns).sort_by("request_id").to_pylist()
+        if not requests:
             raise UserError("the trace has no finished request; record at least one")
-        if table.num_rows == 0 and bool((requests["output_len"] > 1).any()):
+        if table.num_rows == 0 and any(request["output_len"] > 1 for request in requests):
             raise UserError("the trace has no anchors; record it with the dense pass, or give the recorded live trace")
-        owner = _integers(table, "request_id")
-        position = _integers(table, "position")
+        owner, position = _integers(table, "request_id"), _integers(table, "position")
         order = np.lexsort((position, owner))
         owner, position = owner[order], position[order]
         prompts: dict[str, RecordedPrompt] = {}
         kept: list[IntArray] = [np.zeros(0, dtype=np.int64)]
         num_rows = 0
-        for request in requests.itertuples():
-            first, last = np.searchsorted(owner, (request.request_id, request.request_id + 1))
-            if request.prompt_id in prompts or (last == first and request.output_len > 1):
+        for request in requests:
+            request_id, name = request["request_id"], request["prompt_id"]
+            first, last = np.searchsorted(owner, (request_id, request_id + 1)).tolist()
+            if name in prompts or (last == first and request["output_len"] > 1):
                 continue
-            prompt = _recorded_prompt(request, num_rows)
+            prompt = RecordedPrompt(**{key: request[key] for key in columns[1:]}, first_row=num_rows)
             expected = prompt.prompt_len + np.arange(prompt.output_len - 1)
             if not np.array_equal(position[first:last], expected):
                 raise UserError(
-                    f"request {request.request_id} (prompt {prompt.prompt_id}) has {last - first} anchors and its "
-                    f"output needs one at each of {expected.size} positions; record it again"
+                    f"request {request_id} (prompt {name}) has {last - first} anchors and its output needs one at "
+                    f"each of {expected.size} positions from {prompt.prompt_len}; record it again"
                 )
-            prompts[prompt.prompt_id] = prompt
+            prompts[name] = prompt
             kept.append(order[first:last])
             num_rows += expected.size
-        missing = [name for name in requests["prompt_id"] if name not in prompts]
+        names = tuple(request["prompt_id"] for request in requests)
+        missing = [name for name in names if name not in prompts]
         if missing:
             raise UserError(f"prompt {missing[0]} has no anchors; record it again with the dense pass")
-        return _assemble(trace, table.take(pa.array(np.concatenate(kept))), prompts, tuple(requests["prompt_id"]))
-
-
-def _recorded_prompt(request: pd.Series, first_row: int) -> RecordedPrompt:
-    return RecordedPrompt(
-        prompt_id=str(request.prompt_id),
-        domain=str(request.domain),
-        prompt_len=int(request.prompt_len),
-        max_tokens=int(request.max_tokens),
-        output_len=int(request.output_len),
-        finish_reason="stop" if request.finish_reason == "stop" else "length",
-        first_row=first_row,
-    )
+        return _assemble(trace, table.take(pa.array(np.concatenate(kept))), prompts, names)
 
 
 def _assemble(
@@ -177,7 +167,8 @@ def _assemble(
     num_accepted = _integers(table, "num_accepted")
     # A drafter that finds fewer tokens than it may (prompt lookup) can leave every row short of its block size.
     block_size = max(int(draft_len.max(initial=0)), int(trace.config.get("block_size") or 0))
-    confidence = _padded(table, "confidence", block_size, np.float64, np.nan)
+    draft_tokens: TokenArray = _padded(table, "draft_tokens", np.full((table.num_rows, block_size), -1, dtype=np.int32))
+    confidence: FloatArray = _padded(table, "confidence", np.full((table.num_rows, block_size), np.nan))
     for prompt in prompts.values():
         limit = np.minimum(draft_len[prompt.rows], np.arange(prompt.output_len - 1, 0, -1))
         excess = np.flatnonzero((num_accepted[prompt.rows] > limit) | (num_accepted[prompt.rows] < 0))
@@ -191,7 +182,7 @@ def _assemble(
         request_prompts=request_prompts,
         num_accepted=num_accepted,
         draft_len=draft_len,
-        draft_tokens=_padded(table, "draft_tokens", block_size, np.int32, -1),
+        draft_tokens=draft_tokens,
         confidence=confidence,
         has_confidence=bool(trace.config.get("has_confidence", not np.isnan(confidence).all())),
     )
@@ -207,11 +198,11 @@ def _lengths(table: pa.Table, name: str) -> IntArray:
     return lengths
 
 
-def _padded(
-    table: pa.Table, name: str, width: int, dtype: type[np.int32] | type[np.float64], fill: float
-) -> npt.NDArray[np.generic]:
-    """A list column as an array [T, width]; short rows are filled up, long rows cut."""
+def _padded(table: pa.Table, name: str, padded: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Write a list column into the rows of `padded` [T, width]; what exceeds the width is left out."""
     lengths = _lengths(table, name)
-    padded = np.full((lengths.size, max(width, int(lengths.max(initial=0)))), fill, dtype=dtype)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = pc.list_flatten(table[name]).to_numpy()
-    return padded[:, :width]
+    row = np.repeat(np.arange(lengths.size), lengths)
+    column = np.arange(row.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    fits = column < padded.shape[1]
+    padded[row[fits], column[fits]] = pc.list_flatten(table[name]).to_numpy()[fits]
+    return padded

@@ -86,7 +86,7 @@ class ReplayExecutor:
         self._last_was_prefill = True
         stopped = np.zeros(len(requests), dtype=np.bool_)
         for index, request in enumerate(requests):
-            first_row, output_len, stops, _, _ = self._facts[request.request_id] = self._look_up(request)
+            _, output_len, stops, _, _ = self._facts[request.request_id] = self._look_up(request)
             stopped[index] = request.num_generated == 0 and output_len == 1 and stops
         num_tokens = sum(request.prefill_len for request in requests)
         return Prefilled(stopped, {"prefill": self.cost.prefill_seconds(num_tokens)})
@@ -128,7 +128,8 @@ class ReplayExecutor:
         prompt = self.anchors.prompts.get(request.prompt_id)
         if prompt is None:
             raise UserError(
-                f"prompt {request.prompt_id} was not recorded; choose from the {len(self.anchors.prompts)} recorded ones"
+                f"prompt {request.prompt_id} was not recorded; choose one of the "
+                f"{len(self.anchors.prompts)} recorded prompts"
             )
         if prompt.finish_reason == "length" and request.max_tokens > prompt.output_len:
             raise UserError(

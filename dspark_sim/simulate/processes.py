@@ -32,7 +32,7 @@ class Server:
     """
 
     def __init__(
-        self, env: simpy.Environment, loop: DecodeLoop, on_finish: Callable[[Request], None] | None = None
+        self, env: simpy.Environment, loop: DecodeLoop, on_finish: Callable[[Request], object] | None = None
     ) -> None:
         self.env = env
         self.loop = loop

@@ -6,6 +6,7 @@ that an iteration takes are waited for in simulated time instead of being spent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import cycle, islice
@@ -103,7 +104,8 @@ def simulate(
         "cost": cost.to_json(),
         "seed": seed,
     }
-    return recorder.trace(config, provenance(seed=seed))
+    # As it will be read back: lists, not tuples.
+    return recorder.trace(json.loads(json.dumps(config)), provenance(seed=seed))
 
 
 def _run(loop: DecodeLoop, requests: list[Request], workload: Workload, bar: tqdm[Any]) -> None:

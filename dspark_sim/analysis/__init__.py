@@ -1,0 +1,1 @@
+"""From a `Trace` to numbers and figures, whichever clock wrote it. Metrics never draw, figures never compute."""

@@ -1,0 +1,116 @@
+"""The block drafter in the ragged batch: its own KV cache of projected target features, one pass, one head.
+
+Features of committed tokens wait until the next draft, which turns them into context keys and values: that work is
+part of what a draft costs. The block's own keys are written behind the context, where the next round's context
+overwrites them; nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dspark_sim.engine.attention import RaggedBatch, attend
+from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
+from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.drafters.heads import greedy, run_head
+from dspark_sim.engine.kv_cache import SlotCache
+from dspark_sim.engine.sampling import SamplingParams, draw, keyed_uniform, probabilities
+from dspark_sim.engine.timing import SpanTimer
+
+_MAX_PENDING_ROWS = 4096
+
+
+class RaggedBlockDrafter:
+    """A `BlockDrafter` with the state of a run.
+
+    Parameters
+    ----------
+    name
+        For the trace.
+    network
+        Attached to its target.
+    num_slots, max_len
+        As the target's KV cache.
+    """
+
+    def __init__(self, name: str, network: BlockDrafter, num_slots: int, max_len: int) -> None:
+        config = network.config
+        self.name = name
+        self.network = network
+        self.block_size = config.block_size
+        self.has_confidence = config.enable_confidence_head
+        self.feature_layers = config.target_layer_ids
+        self.draft_token_ids = network.draft_token_ids if config.draft_vocab_size else None
+        weight = network.fc.weight
+        self._device = weight.device
+        self._scale = config.head_dim**-0.5
+        self._cache = SlotCache(
+            config.num_hidden_layers,
+            num_slots,
+            config.num_key_value_heads,
+            max_len,
+            config.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        self._pending: list[tuple[IntArray, IntArray, torch.Tensor]] = []
+
+    def observe(self, slots: IntArray, starts: IntArray, lens: IntArray, features: torch.Tensor) -> None:
+        """Keep features for the next draft; when nothing drafts for long, turn them into context now."""
+        column = np.arange(int(lens.sum())) - np.repeat(np.cumsum(lens) - lens, lens)
+        self._pending.append((np.repeat(slots, lens), np.repeat(starts, lens) + column, features))
+        if sum(len(rows) for rows, _, _ in self._pending) > _MAX_PENDING_ROWS:
+            self._extend_context()
+
+    @torch.inference_mode()
+    def draft(
+        self, states: Sequence[SequenceState], draft_len: int, limits: IntArray, params: SamplingParams, timer: SpanTimer
+    ) -> Drafted:
+        """Backbone over whole blocks, head over the first `draft_len` slots.
+
+        The backbone always runs the whole block, whatever `draft_len`: its slots attend to each other, and a
+        shorter block would draft other tokens.
+        """
+        with timer.span("draft"):
+            self._extend_context()
+            positions = np.array([state.position for state in states])
+            batch = RaggedBatch(
+                self._cache,
+                np.array([state.slot for state in states]),
+                positions,
+                np.full(len(states), self.block_size),
+                self._device,
+                causal=False,
+            )
+            anchors = torch.tensor([state.tokens[-1] for state in states], device=self._device)
+            hidden = self.network.backbone(
+                self.network.block_tokens(anchors).flatten(),
+                batch.positions,
+                lambda layer, q, k, v: attend(batch, layer, q, k, v, self._scale),
+            ).view(len(states), self.block_size, -1)[:, :draft_len]
+        with timer.span("head"):
+            ids = np.array([state.request_id for state in states])
+
+            def sample(slot: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                law = probabilities(logits, params)
+                return draw(law, keyed_uniform(params.seed, ids, positions + 1 + slot, "draft")), law
+
+            out = run_head(self.network, hidden, anchors, sample if params.temperature else greedy)
+            tokens = out.tokens.cpu().numpy()
+            confidence = None if out.confidence is None else out.confidence.double().cpu().numpy()
+        return Drafted(tokens, np.minimum(draft_len, limits), confidence, out.probs)
+
+    def _extend_context(self) -> None:
+        if not self._pending:
+            return
+        rows = np.stack([np.concatenate([entry[part] for entry in self._pending]) for part in (0, 1)])
+        slots, positions = torch.from_numpy(rows).to(self._device)
+        features = torch.cat([entry[2] for entry in self._pending])
+        self._pending.clear()
+        context = self.network.project_context(features)
+        rotary = self.network.rotary(positions, context)
+        for index, layer in enumerate(self.network.layers):
+            self._cache.write(index, slots, positions, *layer.context_keys(context, rotary))

@@ -1,0 +1,79 @@
+"""Blocks at many anchors of known sequences in one pass: for training and for dense anchors.
+
+All blocks of a sequence share its context: the keys are [context (L) ; blocks (M·γ)], and a mask lets block m see
+the context before its anchor and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.models import Target
+
+
+@torch.no_grad()
+def dense_target(target: Target, tokens: torch.Tensor, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [S, L, V] and features [S, L, n·d] of whole sequences [S, L], right-padded with anything."""
+    captured: dict[int, torch.Tensor] = {}
+    hooks = [target.capture(layer, captured) for layer in set(layers)]
+    try:
+        logits = target.model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, torch.cat([captured[layer] for layer in layers], dim=-1)
+
+
+def dense_hidden(
+    drafter: BlockDrafter, tokens: torch.Tensor, features: torch.Tensor, anchors: torch.Tensor
+) -> torch.Tensor:
+    """Hidden states of the blocks at given anchors.
+
+    Parameters
+    ----------
+    drafter
+        The network.
+    tokens
+        [S, L] token ids.
+    features
+        [S, L, n·d] target features.
+    anchors
+        [S, M] positions; each block sees context strictly before its anchor.
+
+    Returns
+    -------
+    tensor
+        [S, M, γ, d].
+    """
+    num_sequences, num_anchors = anchors.shape
+    gamma = drafter.config.block_size
+    context = drafter.project_context(features.to(drafter.fc.weight.dtype))
+    length = context.shape[1]
+    places = torch.arange(length, device=tokens.device).expand(num_sequences, -1)
+    context_rotary = drafter.rotary(places, context)
+    kept = [layer.context_keys(context, context_rotary) for layer in drafter.layers]
+
+    block = drafter.block_tokens(tokens.gather(1, anchors)).flatten(1)
+    positions = (anchors[..., None] + torch.arange(gamma, device=tokens.device)).flatten(1)
+    owner = torch.arange(num_anchors, device=tokens.device).repeat_interleave(gamma)
+    sees_context = places[:, None, :] < anchors.repeat_interleave(gamma, dim=1)[..., None]
+    sees_block = (owner[:, None] == owner).expand(num_sequences, -1, -1)
+    mask = torch.cat((sees_context, sees_block), dim=-1)[:, None]
+    groups = drafter.config.num_attention_heads // drafter.config.num_key_value_heads
+
+    def attend(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        all_keys = torch.cat((kept[layer][0], keys), dim=1).transpose(1, 2)
+        all_values = torch.cat((kept[layer][1], values), dim=1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            all_keys.repeat_interleave(groups, dim=1),
+            all_values.repeat_interleave(groups, dim=1),
+            attn_mask=mask,
+        )
+        return out.transpose(1, 2)
+
+    return drafter.backbone(block, positions, attend).unflatten(1, (num_anchors, gamma))

@@ -1,0 +1,210 @@
+"""The live executor: runs target and drafter on torch and reads a clock.
+
+Tokens of running requests live here; the loop, the scheduler and the policies see counts. In a decode round the
+target's linear layers see exactly Σ(1 + verify_len) tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_sim.engine.attention import RaggedBatch
+from dspark_sim.engine.drafters import Drafted, Drafter, SequenceState
+from dspark_sim.engine.kv_cache import SlotCache, SlotPool
+from dspark_sim.engine.models import Target
+from dspark_sim.engine.sampling import SamplingParams, draw, keyed_uniform, probabilities
+from dspark_sim.engine.timing import SpanTimer
+from dspark_sim.engine.verify import Mode, accept_greedy, accept_rejection, cut
+from dspark_sim.errors import UserError
+from dspark_sim.loop import DraftBatch, Prefilled, Verification
+from dspark_sim.request import Request
+
+IntArray = npt.NDArray[np.int64]
+
+
+class TorchExecutor:
+    """Does the work of an iteration.
+
+    Parameters
+    ----------
+    target
+        The model that decides.
+    drafter
+        The model that proposes; ``None`` decodes plainly.
+    prompts
+        Token ids of every prompt by prompt_id.
+    cache
+        KV cache of the target; its number of slots bounds the batch.
+    mode
+        Acceptance rule: ``greedy`` needs temperature 0, ``rejection`` a positive one.
+    params
+        Sampling of target and drafter.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        prompts: dict[str, list[int]],
+        cache: SlotCache,
+        mode: Mode = "greedy",
+        params: SamplingParams | None = None,
+    ) -> None:
+        self.params = params or SamplingParams()
+        if (mode == "greedy") != (self.params.temperature == 0):
+            raise UserError(
+                f"mode {mode} does not go with temperature {self.params.temperature}; "
+                "use greedy with 0 and rejection with a positive temperature"
+            )
+        self.target, self.drafter, self.prompts, self.mode = target, drafter, prompts, mode
+        self.outputs: dict[int, list[int]] = {}
+        self._cache = cache
+        self._slots = SlotPool(cache.keys.shape[1])
+        self._states: dict[int, SequenceState] = {}
+        self._timer = SpanTimer(target.device)
+        self._eos = target.eos_token_ids
+        self._layers = drafter.feature_layers if drafter is not None else ()
+
+    @property
+    def block_size(self) -> int:
+        """The drafter's γ; 0 without one."""
+        return self.drafter.block_size if self.drafter is not None else 0
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether the drafter estimates acceptance."""
+        return self.drafter is not None and self.drafter.has_confidence
+
+    def clock(self) -> float:
+        """Wall seconds."""
+        return perf_counter()
+
+    def overhead_seconds(self, num_requests: int) -> float:
+        """The wall clock shows everything."""
+        return 0.0
+
+    def prefill(self, requests: Sequence[Request]) -> Prefilled:
+        """One ragged pass over the prompts; a resumed request gets its cache back and no new token."""
+        states = [self._start(request) for request in requests]
+        lens = np.array([request.prefill_len for request in requests])
+        with self._timer.span("prefill"):
+            tokens = [token for state, length in zip(states, lens, strict=True) for token in state.tokens[:length]]
+            logits, _ = self._forward(tokens, states, np.zeros_like(lens), lens, np.cumsum(lens) - 1)
+            first = self._sample(logits, requests)
+        stopped = np.zeros(len(requests), dtype=np.bool_)
+        for row, (request, state) in enumerate(zip(requests, states, strict=True)):
+            if request.num_generated == 0:
+                state.tokens.append(int(first[row]))
+                self.outputs[request.request_id] = [int(first[row])]
+                stopped[row] = int(first[row]) in self._eos
+        return Prefilled(stopped, self._timer.collect())
+
+    def draft(self, requests: Sequence[Request], draft_len: int) -> DraftBatch:
+        """Ask the drafter; never for more than the remaining length - 1."""
+        if self.drafter is None:
+            return DraftBatch.empty(len(requests))
+        states = [self._states[request.request_id] for request in requests]
+        limits = np.array([request.remaining - 1 for request in requests])
+        drafted = self.drafter.draft(states, draft_len, limits, self.params, self._timer)
+        confidence = np.ones(drafted.tokens.shape) if drafted.confidence is None else drafted.confidence
+        return DraftBatch(
+            drafted.lens, confidence, self._timer.collect(), drafted.tokens.astype(np.int32), handle=drafted
+        )
+
+    def verify(self, requests: Sequence[Request], drafts: DraftBatch, verify_lens: IntArray) -> Verification:
+        """One pass over all anchors and verified drafts, acceptance, commit."""
+        states = [self._states[request.request_id] for request in requests]
+        drafted: Drafted = drafts.handle or Drafted(np.zeros((len(requests), 0), dtype=np.int64), verify_lens)
+        positions = np.array([state.position for state in states])
+        lens = 1 + verify_lens
+        row_starts = np.cumsum(lens) - lens
+        with self._timer.span("verify"):
+            tokens: list[int] = []
+            for state, row, length in zip(states, drafted.tokens.tolist(), verify_lens.tolist(), strict=True):
+                tokens += [state.tokens[-1], *row[:length]]
+            logits, features = self._forward(tokens, states, positions, lens)
+        with self._timer.span("accept"):
+            accepted, next_token = self._accept(requests, drafted, verify_lens, logits, row_starts, positions)
+            remaining = np.array([request.remaining for request in requests])
+            accepted, emitted, stopped, new = cut(drafted.tokens, accepted, next_token, remaining, self._eos)
+            for state, added in zip(states, new, strict=True):
+                state.tokens += added
+                self.outputs[state.request_id] += added
+            if features is not None:
+                kept = np.concatenate([start + np.arange(1 + n) for start, n in zip(row_starts, accepted, strict=True)])
+                kept_features = features[torch.from_numpy(kept).to(features.device)]
+                self._observe(states, positions, 1 + accepted, kept_features)
+        return Verification(accepted, emitted, stopped, self._timer.collect(), padded_tokens=len(tokens))
+
+    def release(self, request: Request) -> None:
+        """Free the request's slot; its output stays in `outputs`."""
+        del self._states[request.request_id]
+        self._slots.release(request.request_id)
+
+    def _start(self, request: Request) -> SequenceState:
+        prompt = self.prompts[request.prompt_id]
+        tokens = prompt + self.outputs.get(request.request_id, [])
+        state = SequenceState(request.request_id, len(prompt), tokens, self._slots.acquire(request.request_id))
+        self._states[request.request_id] = state
+        return state
+
+    def _forward(
+        self,
+        tokens: list[int],
+        states: list[SequenceState],
+        starts: IntArray,
+        lens: IntArray,
+        logit_rows: IntArray | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One target pass; a prefill's features go to the drafter at once, a round's after acceptance."""
+        device = self.target.device
+        batch = RaggedBatch(self._cache, np.array([state.slot for state in states]), starts, lens, device)
+        rows = np.arange(len(tokens)) if logit_rows is None else logit_rows
+        logits, features = self.target.forward(
+            torch.tensor(tokens, device=device), batch, torch.from_numpy(rows).to(device), self._layers
+        )
+        if logit_rows is not None and features is not None:
+            self._observe(states, starts, lens, features)
+        return logits, features
+
+    def _observe(self, states: list[SequenceState], starts: IntArray, lens: IntArray, features: torch.Tensor) -> None:
+        assert self.drafter is not None
+        self.drafter.observe(np.array([state.slot for state in states]), starts, lens, features)
+
+    def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> IntArray:
+        if self.mode == "greedy":
+            return logits.argmax(dim=-1).cpu().numpy()
+        ids = np.array([request.request_id for request in requests])
+        positions = np.array([request.prompt_len for request in requests])
+        uniforms = keyed_uniform(self.params.seed, ids, positions, "bonus")
+        return draw(probabilities(logits, self.params), uniforms).cpu().numpy()
+
+    def _accept(
+        self,
+        requests: Sequence[Request],
+        drafted: Drafted,
+        verify_lens: IntArray,
+        logits: torch.Tensor,
+        row_starts: IntArray,
+        positions: IntArray,
+    ) -> tuple[IntArray, IntArray]:
+        if self.mode == "greedy":
+            flat = logits.argmax(dim=-1).cpu().numpy()
+            rows = np.minimum(row_starts[:, None] + np.arange(drafted.tokens.shape[1] + 1), len(flat) - 1)
+            return accept_greedy(drafted.tokens, verify_lens, flat[rows])
+        return accept_rejection(
+            drafted.tokens,
+            verify_lens,
+            probabilities(logits, self.params),
+            row_starts,
+            drafted.probs,
+            self.drafter.draft_token_ids if self.drafter is not None else None,
+            np.array([request.request_id for request in requests]),
+            positions,
+            self.params,
+        )

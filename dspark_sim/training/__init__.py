@@ -1,0 +1,1 @@
+"""Training drafters (torch): self-synthesised text, losses, the trainer."""
