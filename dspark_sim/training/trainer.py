@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig, load_drafter, save_drafter
+from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig, save_drafter
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target
 from dspark_sim.engine.drafters.heads import greedy, run_head
 from dspark_sim.engine.models import EMBEDDED, Target, load_target
@@ -306,7 +306,8 @@ class _Trainer:
 
     def save(self, update: int) -> None:
         """Write the drafter and what a resumed run needs."""
-        notes = {"updates_done": update, "seconds": round(self.seconds, 1), **asdict(self.config)}
+        settings = {k: v for k, v in asdict(self.config).items() if k not in ("data", "out", "device")}
+        notes = {"updates_done": update, "seconds": round(self.seconds, 1), **settings}
         save_drafter(self.drafter, self.out, notes)
         state = {f"weights.{name}": p.detach().cpu() for name, p in self.drafter.named_parameters()}
         for prefix, optimiser, names, _ in self.groups:
@@ -379,5 +380,3 @@ def greedy_acceptance(drafter: BlockDrafter, target: Target, sequence: Sequence)
     truth = padded[anchors[0][:, None] + 1 + torch.arange(gamma, device=device)]
     return (drafts == truth).cumprod(dim=1).sum(dim=1).cpu().numpy()
 
-
-__all__ = ["TrainConfig", "evaluate", "load_drafter", "read_sequences", "train"]
