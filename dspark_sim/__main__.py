@@ -1,6 +1,6 @@
-"""``python -m dspark_sim`` is the command ``dspark-sim``."""
+"""`python -m dspark_sim`."""
 
 from dspark_sim.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

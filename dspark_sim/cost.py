@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -76,7 +77,7 @@ class Curve:
         sizes = np.unique(size)
         rungs = np.searchsorted(_LADDER, sizes)
         knots = np.unique(np.concatenate((sizes[:1], sizes[np.append(rungs[1:] > rungs[:-1], True)])))
-        ramps = [np.clip((size - low) / (high - low), 0.0, 1.0) for low, high in zip(knots, knots[1:], strict=False)]
+        ramps = [np.clip((size - low) / (high - low), 0.0, 1.0) for low, high in pairwise(knots)]
         design = np.column_stack([np.ones_like(size), *ramps, *features.values()])
         scale = np.maximum(np.abs(design).max(axis=0), 1e-30)
         predicted = np.maximum(seconds, 1e-9)

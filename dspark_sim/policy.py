@@ -20,7 +20,7 @@ is looked at. A policy states what its admission depends on in `information`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -225,3 +225,9 @@ def admit_prefixes(survival: FloatArray, seconds: FloatArray) -> IntArray:
 
 
 Policy = Fixed | PrefixScheduler
+
+
+def parameters(policy: SpeculationPolicy) -> dict[str, Any]:
+    """A policy's kind and parameters as JSON types, without its cost table (which is recorded on its own)."""
+    values = {name: value for name, value in vars(policy).items() if not isinstance(value, CostModel)}
+    return {"kind": type(policy).__name__, **values}

@@ -36,24 +36,31 @@ _tokens, _floats = pa.list_(pa.int32()), pa.list_(pa.float32())
 
 SCHEMAS: dict[str, pa.Schema] = {
     "requests": pa.schema(
-        [("request_id", _int), ("prompt_id", _text), ("domain", _text), ("arrival", _float), ("prompt_len", _int)]
-        + [("max_tokens", _int), ("output_len", _int), ("first_token", _float), ("finish", _float)]
-        + [("finish_reason", _text), ("num_preemptions", _int), ("output_tokens", _tokens)]
+        {
+            **{"request_id": _int, "prompt_id": _text, "domain": _text, "arrival": _float, "prompt_len": _int},
+            **{"max_tokens": _int, "output_len": _int, "first_token": _float, "finish": _float},
+            **{"finish_reason": _text, "num_preemptions": _int, "output_tokens": _tokens},
+        }
     ),
     "steps": pa.schema(
-        [("step", _int), ("start", _float), ("num_running", _int), ("num_waiting", _int)]
-        + [("num_prefill_tokens", _int), ("draft_len", _int), ("batch_tokens", _int), ("padded_tokens", _int)]
-        + [("context_tokens", _int), ("kv_usage", _float)]
-        + [(f"{span}_seconds", _float) for span in SPANS]
-        + [("step_seconds", _float), ("predicted_step_seconds", _float), ("predicted_throughput", _float)]
+        {
+            **dict.fromkeys(("step", "num_running", "num_waiting", "num_prefill_tokens", "draft_len"), _int),
+            **dict.fromkeys(("batch_tokens", "padded_tokens", "context_tokens"), _int),
+            **dict.fromkeys(("start", "kv_usage", *(f"{span}_seconds" for span in SPANS)), _float),
+            **dict.fromkeys(("step_seconds", "predicted_step_seconds", "predicted_throughput"), _float),
+        }
     ),
     "drafts": pa.schema(
-        [("step", _int), ("request_id", _int), ("position", _int), ("draft_len", _int), ("verify_len", _int)]
-        + [("num_accepted", _int), ("num_emitted", _int), ("draft_tokens", _tokens), ("confidence", _floats)]
+        {
+            **dict.fromkeys(("step", "request_id", "position", "draft_len", "verify_len"), _int),
+            **{"num_accepted": _int, "num_emitted": _int, "draft_tokens": _tokens, "confidence": _floats},
+        }
     ),
     "anchors": pa.schema(
-        [("request_id", _int), ("position", _int), ("draft_tokens", _tokens), ("confidence", _floats)]
-        + [("accept_prob", _floats), ("num_accepted", _int), ("target_rank", _tokens), ("node_rank", _tokens)]
+        {
+            **{"request_id": _int, "position": _int, "draft_tokens": _tokens, "confidence": _floats},
+            **{"accept_prob": _floats, "num_accepted": _int, "target_rank": _tokens, "node_rank": _tokens},
+        }
     ),
 }
 

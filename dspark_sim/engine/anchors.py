@@ -118,9 +118,7 @@ def _blocks(
     raise UserError(f"drafter {drafter.name} has no dense pass; record it live instead")
 
 
-def _ngram_blocks(
-    drafter: NgramDrafter, tokens: npt.NDArray[np.int64], anchors: npt.NDArray[np.int64]
-) -> DenseBlocks:
+def _ngram_blocks(drafter: NgramDrafter, tokens: npt.NDArray[np.int64], anchors: npt.NDArray[np.int64]) -> DenseBlocks:
     proposals = np.zeros((len(anchors), drafter.block_size), dtype=np.int64)
     lens = np.zeros(len(anchors), dtype=np.int64)
     for row, anchor in enumerate(anchors.tolist()):

@@ -157,7 +157,7 @@ def _transformers_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query, key and value are [1, heads, B, D]."""
+    """Transformers' attention interface: query, key and value are [1, heads, B, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is not None:
         raise NotImplementedError("attention logit soft-capping")
@@ -168,7 +168,7 @@ def _transformers_attention(
         return out.transpose(1, 2), None
     rows = attend(
         ragged_batch,
-        module.layer_idx,  # type: ignore[arg-type]
+        module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),

@@ -51,7 +51,8 @@ def generate_ratio(
             for ids in encoded
         ]
 
-    ours(), theirs()
+    ours()
+    theirs()
     seconds = _alternate({"engine": ours, "generate": theirs}, repeats)
     return [
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dspark_sim.engine.sampling import SamplingParams
 from dspark_sim.engine.verify import Mode
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
-from dspark_sim.policy import Controller, FloatArray, Information, IntArray, LoadView, SpeculationPolicy
+from dspark_sim.policy import Controller, FloatArray, Information, IntArray, LoadView, SpeculationPolicy, parameters
 from dspark_sim.provenance import processor, provenance
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
@@ -211,6 +211,9 @@ class Engine:
                 f"policy {policy.label()} drafts {wanted} tokens and drafter {self.drafter_name} at most "
                 f"{self.block_size}; lower verify_len or choose another drafter"
             )
+        table = getattr(policy, "cost", None)
+        if isinstance(table, CostModel):
+            table.require_hardware(self.hardware)
         encoded = {prompt.prompt_id: self.target.encode(prompt.turns[0]) for prompt in prompts}
         requests = [
             Request(number, prompt.prompt_id, prompt.domain, len(encoded[prompt.prompt_id]), max_tokens)
@@ -234,7 +237,7 @@ class Engine:
             "mode": mode,
             "sampling": asdict(params),
             "policy": policy.label(),
-            "policy_parameters": _plain(policy),
+            "policy_parameters": parameters(policy),
             "workload": {"kind": type(workload).__name__, **asdict(workload)},
             "scheduler": asdict(scheduler.config),
             "max_tokens": max_tokens,
@@ -284,6 +287,8 @@ class Engine:
         varies draft and verify lengths at random, so that batch sizes from R to R·(1+γ) are met.
         """
         policy = Explore(self.block_size, seed)
+        # The first passes pay for lazy initialisation; they are not the steady cost.
+        self.record(prompts[:2], policy, ClosedLoop(min(2, self.max_num_seqs)), max_tokens=8, progress=False)
         traces = [
             self.record(
                 prompts,
@@ -352,14 +357,7 @@ class _ExploreController:
         num_requests, width = survival.shape
         level = int(self.rng.integers(0, width + 1))
         jitter = self.rng.integers(-1, 2, num_requests)
-        return np.clip(level + jitter, 0, width).astype(np.int64)
+        return np.asarray(np.clip(level + jitter, 0, width), dtype=np.int64)
 
     def observe(self, load: LoadView, verify_lens: IntArray, num_accepted: IntArray) -> None:
         pass
-
-
-def _plain(policy: SpeculationPolicy) -> dict[str, Any]:
-    """Policy parameters as JSON types, without the cost table (it is kept on its own)."""
-    if not is_dataclass(policy):
-        return {}
-    return {name: value for name, value in vars(policy).items() if not isinstance(value, CostModel)}

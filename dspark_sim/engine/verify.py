@@ -80,7 +80,7 @@ def accept_rejection(
     num_accepted, next_token
         [R] each; `next_token` is the residual draw after a rejection, else the bonus draw.
     """
-    num_requests, width = drafted.shape
+    width = drafted.shape[1]
     device = target_probs.device
     depth = np.arange(width)
     tokens = torch.from_numpy(np.where(depth < verify_lens[:, None], drafted, 0)).to(device)
@@ -112,7 +112,7 @@ def accept_rejection(
 def _gather_draft(
     draft_probs: torch.Tensor, draft_token_ids: torch.Tensor | None, tokens: torch.Tensor
 ) -> npt.NDArray[np.float64]:
-    """q of each drafted token, [R, γ]."""
+    """Q of each drafted token, [R, γ]."""
     if draft_token_ids is None:
         index = tokens
     else:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
-from dspark_sim.policy import Policy
+from dspark_sim.policy import SpeculationPolicy, parameters
 from dspark_sim.provenance import provenance
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
@@ -31,7 +31,7 @@ from dspark_sim.workload import ClosedLoop, Workload
 
 def simulate(
     recorded: Trace | RecordedAnchors,
-    policy: Policy,
+    policy: SpeculationPolicy,
     workload: Workload,
     cost: CostModel,
     *,
@@ -90,7 +90,7 @@ def simulate(
     config = {
         "source": "simulate",
         "policy": policy.label(),
-        "policy_parameters": {"kind": type(policy).__name__, **asdict(policy)},
+        "policy_parameters": parameters(policy),
         "workload": {"kind": type(workload).__name__, **asdict(workload)},
         "num_requests": len(requests),
         "block_size": executor.block_size,

@@ -25,7 +25,12 @@ from dspark_sim.engine.models import EMBEDDED, Target, load_target
 from dspark_sim.errors import UserError, explain_os_errors
 
 SCHEMA = pa.schema(
-    [("domain", pa.string()), ("temperature", pa.float64()), ("prompt_len", pa.int64()), ("tokens", pa.list_(pa.int32()))]
+    [
+        ("domain", pa.string()),
+        ("temperature", pa.float64()),
+        ("prompt_len", pa.int64()),
+        ("tokens", pa.list_(pa.int32())),
+    ]
 )
 _STEERING = {
     "math": "You are talking to a student. The student asks you to solve one {form} about {topic}, with numbers.",

@@ -109,7 +109,9 @@ def read_sequences(path: Path | str, max_len: int, block_size: int) -> list[Sequ
     try:
         table = pq.read_table(path, columns=["tokens", "prompt_len", "temperature"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a synthesis file ({str(error).splitlines()[0][:100]}); write it again") from error
+        raise UserError(
+            f"{path} is not a synthesis file ({str(error).splitlines()[0][:100]}); write it again"
+        ) from error
     flat = table["tokens"].combine_chunks()
     values, offsets = flat.values.to_numpy(), flat.offsets.to_numpy()
     sequences = [
@@ -222,9 +224,7 @@ class _Trainer:
         named = dict(drafter.named_parameters())
         matrices = {n: p for n, p in named.items() if p.ndim == 2 and not n.startswith(("markov_head", "confidence"))}
         others = {n: p for n, p in named.items() if n not in matrices}
-        muon = torch.optim.Muon(
-            matrices.values(), lr=config.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = torch.optim.Muon(matrices.values(), lr=config.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(others.values(), lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.groups = (("muon", muon, list(matrices), config.muon_lr), ("adam", adam, list(others), config.adam_lr))
         self.seconds = 0.0
@@ -379,4 +379,3 @@ def greedy_acceptance(drafter: BlockDrafter, target: Target, sequence: Sequence)
     padded = torch.nn.functional.pad(tokens[0], (0, gamma), value=-1)
     truth = padded[anchors[0][:, None] + 1 + torch.arange(gamma, device=device)]
     return (drafts == truth).cumprod(dim=1).sum(dim=1).cpu().numpy()
-

@@ -71,7 +71,12 @@ class Drafter(Protocol):
         ...
 
     def draft(
-        self, states: Sequence[SequenceState], draft_len: int, limits: IntArray, params: SamplingParams, timer: SpanTimer
+        self,
+        states: Sequence[SequenceState],
+        draft_len: int,
+        limits: IntArray,
+        params: SamplingParams,
+        timer: SpanTimer,
     ) -> Drafted:
         """Propose min(draft_len, limits) tokens for each request."""
         ...

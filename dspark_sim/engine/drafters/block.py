@@ -67,7 +67,12 @@ class RaggedBlockDrafter:
 
     @torch.inference_mode()
     def draft(
-        self, states: Sequence[SequenceState], draft_len: int, limits: IntArray, params: SamplingParams, timer: SpanTimer
+        self,
+        states: Sequence[SequenceState],
+        draft_len: int,
+        limits: IntArray,
+        params: SamplingParams,
+        timer: SpanTimer,
     ) -> Drafted:
         """Backbone over whole blocks, head over the first `draft_len` slots.
 

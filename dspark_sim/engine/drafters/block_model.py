@@ -224,7 +224,7 @@ class BlockDrafter(nn.Module):
         return out
 
     def rotary(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [..., D] at positions [...]."""
+        """Cos and sin [..., D] at positions [...]."""
         assert self._target is not None
         flat = positions.reshape(1, -1)
         cos, sin = self._target.model.get_decoder().rotary_emb(like, flat)
@@ -284,7 +284,9 @@ class BlockDrafter(nn.Module):
 def save_drafter(drafter: BlockDrafter, folder: Path | str, notes: Mapping[str, Any] | None = None) -> None:
     """Write `config.json` and `model.safetensors` in bfloat16; `notes` go to the config under ``training``."""
     folder = Path(folder)
-    tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in drafter.state_dict().items()}
+    tensors = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in drafter.state_dict().items()
+    }
     if drafter.config.draft_vocab_size:
         tensors["draft_token_ids"] = drafter.draft_token_ids.to("cpu", torch.int32)
     with explain_os_errors(folder, "write"):

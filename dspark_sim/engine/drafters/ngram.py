@@ -37,7 +37,12 @@ class NgramDrafter:
         """Nothing to learn from features."""
 
     def draft(
-        self, states: Sequence[SequenceState], draft_len: int, limits: IntArray, params: SamplingParams, timer: SpanTimer
+        self,
+        states: Sequence[SequenceState],
+        draft_len: int,
+        limits: IntArray,
+        params: SamplingParams,
+        timer: SpanTimer,
     ) -> Drafted:
         """Look every request's suffix up."""
         with timer.span("draft"):

@@ -1,0 +1,182 @@
+"""Record, profile, simulate, compare: the four calls of a notebook.
+
+>>> from dspark_sim import Fixed, compare, profile, record, simulate
+>>> trace = record(policy=Fixed(7), concurrency=4)           # a live run with dense anchors
+>>> cost = profile()                                         # what iterations cost here
+>>> twin = simulate(trace, policy=Fixed(7), cost=cost, concurrency=4)
+>>> compare(trace, twin)                                     # live, simulated, error
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from dspark_sim.analysis import fidelity
+from dspark_sim.cost import CostModel
+from dspark_sim.policy import Fixed, SpeculationPolicy
+from dspark_sim.trace import Trace
+from dspark_sim.workload import ClosedLoop, Prompt, Workload, bundled_prompts
+
+if TYPE_CHECKING:
+    from dspark_sim.engine.serve import Engine
+
+
+def record(
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    target: str | None = None,
+    drafter: str = "dspark",
+    policy: SpeculationPolicy | None = None,
+    concurrency: int = 4,
+    workload: Workload | None = None,
+    max_tokens: int = 64,
+    per_domain: int | None = 4,
+    mode: Literal["greedy", "rejection"] = "greedy",
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "auto",
+    anchors: bool = True,
+    cost: CostModel | None = None,
+    out: Path | str | None = None,
+    engine: Engine | None = None,
+    progress: bool = True,
+) -> Trace:
+    """Serve prompts live; at temperature 0 also draft a block at every position of the outputs.
+
+    Parameters
+    ----------
+    prompts
+        ``None`` takes `per_domain` bundled prompts of each domain.
+    target, drafter, dtype, device
+        See `Engine.load`; ignored where `engine` is given.
+    policy
+        ``None`` verifies every whole block.
+    concurrency
+        Users of a closed loop; `workload` overrides it.
+    max_tokens, mode, temperature, top_k, top_p, seed, cost
+        See `Engine.record`.
+    anchors
+        Whether to make the dense pass (greedy runs with a drafter only).
+    out
+        Folder to write the trace to.
+    engine
+        A loaded engine, to save loading one.
+    progress
+        Show bars.
+
+    Raises
+    ------
+    UserError
+        As `Engine.load` and `Engine.record`.
+    """
+    engine = engine or _load(target, drafter, dtype, device, _users(workload, concurrency))
+    trace = engine.record(
+        list(bundled_prompts(per_domain=per_domain) if prompts is None else prompts),
+        policy or Fixed(engine.block_size),
+        workload or ClosedLoop(concurrency),
+        max_tokens=max_tokens,
+        mode=mode,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        cost=cost,
+        progress=progress,
+    )
+    if anchors and mode == "greedy" and engine.drafter is not None:
+        trace = engine.anchors(trace, progress=progress)
+    if out is not None:
+        trace.write(out)
+    return trace
+
+
+def profile(
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    target: str | None = None,
+    drafter: str = "dspark",
+    concurrency: Sequence[int] = (1, 4, 16),
+    max_tokens: int = 32,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "auto",
+    engine: Engine | None = None,
+    progress: bool = True,
+) -> CostModel:
+    """Measure and fit what iterations cost on this machine; see `Engine.profile`."""
+    engine = engine or _load(target, drafter, dtype, device, max(concurrency))
+    chosen = list(bundled_prompts() if prompts is None else prompts)
+    return engine.profile(chosen, concurrency=concurrency, max_tokens=max_tokens, seed=seed, progress=progress)
+
+
+def simulate(
+    trace: Trace,
+    *,
+    policy: SpeculationPolicy,
+    cost: CostModel,
+    concurrency: int = 4,
+    workload: Workload | None = None,
+    block_size: int | None = None,
+    num_requests: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Trace:
+    """Replay a recording's anchors under another policy, block size or load.
+
+    Parameters
+    ----------
+    trace
+        A recording with dense anchors.
+    policy, cost
+        What to run and what iterations cost.
+    concurrency
+        Users of a closed loop; `workload` overrides it.
+    block_size
+        At most the recorded one; ``None`` keeps it.
+    num_requests
+        Requests to serve; the recorded ones are repeated in order. ``None`` serves each once.
+    seed
+        Of the workload's randomness.
+
+    Raises
+    ------
+    UserError
+        If the trace has no anchors or the block size is larger than recorded.
+    """
+    from dspark_sim.simulate.run import simulate as run
+
+    return run(
+        trace,
+        policy,
+        workload or ClosedLoop(concurrency),
+        cost,
+        num_requests=num_requests,
+        block_size=block_size,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def compare(live: Trace, simulated: Trace, repeat: Trace | None = None) -> pd.DataFrame:
+    """Metric by metric: live, simulated, error, and the error of a second live run; see `fidelity.compare`."""
+    return fidelity.compare(live, simulated, repeat)
+
+
+def _users(workload: Workload | None, concurrency: int) -> int:
+    if workload is None:
+        return concurrency
+    return workload.num_users if isinstance(workload, ClosedLoop) else 16
+
+
+def _load(target: str | None, drafter: str, dtype: str, device: str, max_num_seqs: int) -> Engine:
+    from dspark_sim.engine.serve import Engine
+
+    options: dict[str, Any] = {} if target is None else {"target": target}
+    return Engine.load(drafter=drafter, dtype=dtype, device=device, max_num_seqs=max_num_seqs, **options)
