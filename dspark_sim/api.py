@@ -17,8 +17,9 @@ import pandas as pd
 
 from dspark_sim.analysis import fidelity
 from dspark_sim.cost import CostModel
-from dspark_sim.policy import Fixed, SpeculationPolicy
-from dspark_sim.trace import Trace
+from dspark_sim.errors import UserError
+from dspark_sim.policy import Fixed, LoadView, SpeculationPolicy
+from dspark_sim.trace import Trace, refuse_foreign
 from dspark_sim.workload import ClosedLoop, Prompt, Workload, bundled_prompts
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def record(
     UserError
         As `Engine.load` and `Engine.record`.
     """
+    if out is not None:
+        refuse_foreign(Path(out))
     engine = engine or _load(target, drafter, dtype, device, _users(workload, concurrency))
     trace = engine.record(
         list(bundled_prompts(per_domain=per_domain) if prompts is None else prompts),
@@ -148,9 +151,18 @@ def simulate(
     Raises
     ------
     UserError
-        If the trace has no anchors or the block size is larger than recorded.
+        If the trace has no anchors, or the block size or what the policy drafts is larger than recorded.
     """
     from dspark_sim.simulate.run import simulate as run
+
+    limit = trace.config.get("block_size") if block_size is None else block_size
+    if limit is not None:
+        wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, int(limit)))
+        if wanted > limit:
+            raise UserError(
+                f"policy {policy.label()} drafts {wanted} tokens and blocks have at most {limit}; lower verify_len, or "
+                "replay a recording with larger blocks"
+            )
 
     return run(
         trace,

@@ -162,7 +162,7 @@ class Trace:
             If the disk is full, the path cannot be written, or the folder holds something that is not a trace.
         """
         folder = Path(folder)
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
         metadata = {
             b"dspark_sim.schema_version": str(SCHEMA_VERSION).encode(),
             b"dspark_sim.clock": self.clock.encode(),
@@ -332,7 +332,14 @@ def _check_version(path: Path, metadata: dict[bytes, bytes]) -> None:
         )
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a destination that holds anything but a trace; call it before a long run, too.
+
+    Raises
+    ------
+    UserError
+        If it is a file, or a folder with something else in it.
+    """
     if folder.is_file():
         raise UserError(f"{folder} is a file; give a folder for the trace")
     if folder.is_dir():

@@ -32,7 +32,7 @@ from dspark_sim.sweep import sweep
 PANELS = (
     ("output_throughput", "output tokens per second (all users)"),
     ("user_tokens_per_second", "per-user speed (tokens per second)"),
-    ("mean_acceptance_length", "mean acceptance length (tokens per round)"),
+    ("mean_acceptance_length", "mean acceptance length (tokens)"),
 )
 LABELS = {"block_size": "block size γ (drafted tokens)", "concurrency": "users:"}
 
@@ -60,7 +60,7 @@ def main(
     Parameters
     ----------
     scale
-        smoke: a minute, to see that it runs. laptop: about ten minutes on two cores.
+        smoke: under a minute, to see that it runs. laptop: some minutes on two cores.
     trace
         A recording with anchors to use instead of a live run.
     cost

@@ -94,8 +94,8 @@ def rounds_equal(live: Trace, simulated: Trace) -> RoundsVerdict:
                 f"request {request_id} is prompt {prompt_id} in the live run and {theirs.get(request_id)} in the "
                 "simulated one; give both runs the same list of requests"
             )
-    left, right = _rounds(live), _rounds(simulated)
-    both = left.join(right, how="outer", lsuffix="_live", rsuffix="_simulated").sort_index()
+    left, right = _rounds(live).add_suffix("_live"), _rounds(simulated).add_suffix("_simulated")
+    both = left.join(right, how="outer").sort_index()
     sides = [both[[f"{name}{suffix}" for name in ROUND_COLUMNS]].to_numpy() for suffix in ("_live", "_simulated")]
     differs = sides[0] != sides[1]  # A missing round is NaN, which equals nothing.
     if not differs.any():

@@ -5,12 +5,14 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; policies
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from dspark_sim.errors import explain_os_errors
@@ -123,6 +125,10 @@ def lines_with_intervals(
 
 def caption(figure: Figure, text: str) -> Figure:
     """Put a small note under the panels."""
+    sns.despine(figure)
+    # About 17 characters an inch at this size; long device names must not run off the paper.
+    width = int(17 * figure.get_figwidth())
+    text = "\n".join(part for line in text.splitlines() for part in textwrap.wrap(line, width))
     figure.tight_layout(rect=(0, 0.01 + 0.028 * len(text.splitlines()), 1, 0.93))
     figure.text(0.01, 0.01, text, fontsize=7.5, color="#444444", va="bottom")
     return figure
