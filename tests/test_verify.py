@@ -126,7 +126,7 @@ def _p_value(world: World, outputs: np.ndarray) -> float:
 
 
 # The test's level is 1e-3. Its power, computed from the noncentral chi-square law for 40,000 requests and 27 cells:
-# a law off by a total variation of 0.02 or more is found with probability above 0.99.
+# a law off by a total variation of 0.02 or more is found with probability above 0.98.
 LEVEL = 1e-3
 
 
@@ -135,7 +135,7 @@ def test_the_chi_square_test_has_the_stated_power():
     critical = stats.chi2.isf(LEVEL, degrees)
     # sum (p - q)^2 / p is at least (2 TV)^2, by Cauchy-Schwarz.
     noncentrality = NUM_REQUESTS * (2 * 0.02) ** 2
-    assert stats.ncx2.sf(critical, degrees, noncentrality) > 0.99
+    assert stats.ncx2.sf(critical, degrees, noncentrality) > 0.98
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -163,9 +163,10 @@ def test_greedy_drafts_judged_as_if_sampled_are_found_out():
     assert _p_value(world, _decode(world, drafts="argmax", judged="probs")) < 1e-12
 
 
-def test_sampled_drafts_judged_as_point_masses_are_found_out():
+def test_sampled_drafts_judged_as_point_masses_keep_the_law():
+    # Given the draft, the rule for point masses is exact whatever chose the draft; it only accepts less often.
     world = World.random(3, 0)
-    assert _p_value(world, _decode(world, drafts="sample", judged="point")) < 1e-12
+    assert _p_value(world, _decode(world, drafts="sample", judged="point")) > LEVEL
 
 
 def test_equal_laws_accept_everything_and_disjoint_laws_nothing():

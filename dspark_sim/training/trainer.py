@@ -345,7 +345,17 @@ class _Trainer:
                     loaded["state"][index] = entry
             optimiser.load_state_dict(loaded)
         self.seconds = float(notes["seconds"])
-        return int(notes["update"])
+        update = int(notes["update"])
+        self._forget_after(update)
+        return update
+
+    def _forget_after(self, update: int) -> None:
+        """Drop rows of the learning curve that the interrupted run wrote after its last saved state."""
+        path = self.out / "learning_curve.csv"
+        if path.is_file():
+            header, *rows = path.read_text().splitlines()
+            kept = [row for row in rows if int(row.partition(",")[0]) <= update]
+            path.write_text("\n".join([header, *kept]) + "\n")
 
 
 @torch.no_grad()

@@ -112,8 +112,11 @@ class RaggedBlockDrafter:
         if not self._pending:
             return
         rows = np.stack([np.concatenate([entry[part] for entry in self._pending]) for part in (0, 1)])
-        slots, positions = torch.from_numpy(rows).to(self._device)
-        features = torch.cat([entry[2] for entry in self._pending])
+        # A slot may have changed hands since: of two rows for one place only the later one counts.
+        places = rows[0] * self._cache.max_len + rows[1]
+        last = len(places) - 1 - np.unique(places[::-1], return_index=True)[1]
+        slots, positions = torch.from_numpy(rows[:, last]).to(self._device)
+        features = torch.cat([entry[2] for entry in self._pending])[torch.from_numpy(last).to(self._device)]
         self._pending.clear()
         context = self.network.project_context(features)
         rotary = self.network.rotary(positions, context)

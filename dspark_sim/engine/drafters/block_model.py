@@ -318,10 +318,14 @@ def load_drafter(folder: Path | str, target: Target) -> BlockDrafter:
         values["target_layer_ids"] = tuple(values["target_layer_ids"])
         config = BlockDrafterConfig(**values)
         tensors = load_file(weights_path)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"the drafter at {folder} is damaged ({error}); train or download it again") from error
     drafter = BlockDrafter(config, tensors.pop("draft_token_ids", None))
-    missing, unknown = drafter.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    try:
+        missing, unknown = drafter.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the drafter at {folder} does not match its config ({reason}); train it again") from error
     if missing or unknown:
         strange = [*missing, *unknown][0]
         raise UserError(f"the drafter at {folder} does not match its config (tensor {strange}); train it again")
