@@ -42,14 +42,14 @@ class DemoScale:
         Of the profile run.
     """
 
-    num_requests: tuple[tuple[int, int], ...] = ((1, 6), (4, 12), (16, 48))
+    num_requests: tuple[tuple[int, int], ...] = ((1, 4), (4, 8), (16, 48))
     max_tokens: int = 32
-    profile_concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
+    profile_concurrency: tuple[int, ...] = (1, 4, 16)
     profile_tokens: int = 24
 
 
 FULL = DemoScale()
-QUICK = DemoScale(num_requests=((1, 3), (4, 6), (16, 16)), max_tokens=16, profile_concurrency=(1, 4, 16))
+QUICK = DemoScale(num_requests=((1, 2), (4, 4), (16, 16)), max_tokens=12, profile_tokens=12)
 
 HEADERS = {
     "policy": "policy",
