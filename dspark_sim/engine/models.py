@@ -287,6 +287,8 @@ def _refuse_unsupported(name: str, config: Any) -> None:
     text = config.get_text_config()
     if text.model_type not in _FAMILIES:
         raise UserError(f"target {name} is of family {text.model_type}; supported families: {', '.join(_FAMILIES)}")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise UserError(f"target {name} soft-caps its attention logits, which is not supported; choose another target")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     sliding = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
     if kinds != {"full_attention"} or (sliding and getattr(text, "layer_types", None) is None):
