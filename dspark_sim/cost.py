@@ -1,16 +1,17 @@
 """What an iteration costs, in seconds, fitted from the `steps` table of a profile run.
 
-Every part of an iteration (prefill, draft, verify, host) is a `Curve`: a non-decreasing piecewise-linear function of
-one size, plus non-negative linear terms. Values between probes are interpolated **in seconds**; interpolating rates
-instead underestimates the time between probes and over-admits. All times are seconds, all sizes are token or
-request counts.
+Every part of an iteration (prefill, draft, verify, host) is a `Curve`: a piecewise-linear function of one size, plus
+non-negative linear terms. It does not fall, except that the target pass has a level of its own at every small batch
+size: matrix kernels handle a few rows in groups, and a CPU may take longer for 3 tokens than for 4 or 8. Values
+between probes are interpolated **in seconds**; interpolating rates instead underestimates the time between probes
+and over-admits. All times are seconds, all sizes are token or request counts.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +25,9 @@ from dspark_sim.errors import UserError, explain_os_errors
 
 FloatArray = npt.NDArray[np.float64]
 _LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+# Above so many tokens a matrix product's time no longer depends on how its rows divide into groups.
+_STAIRCASE = 16
+_ENOUGH = 4
 HARDWARE_KEYS = ("device", "model", "dtype", "num_threads")
 
 
@@ -34,8 +38,8 @@ class Curve:
     Parameters
     ----------
     knots, levels
-        Sizes, rising, and the seconds at each, not falling. Above the last knot the last segment continues;
-        below the first the first level holds.
+        Sizes, rising, and the seconds at each. Above the last knot the last segment continues if it rises; below
+        the first the first level holds.
     linear
         Pairs (feature name, seconds per unit).
     """
@@ -50,19 +54,22 @@ class Curve:
         total = np.interp(x, self.knots, self.levels)
         if len(self.knots) > 1:
             slope = (self.levels[-1] - self.levels[-2]) / (self.knots[-1] - self.knots[-2])
-            total = total + slope * np.maximum(x - self.knots[-1], 0.0)
+            total = total + max(slope, 0.0) * np.maximum(x - self.knots[-1], 0.0)
         for name, coefficient in self.linear:
             total = total + coefficient * np.asarray(features[name], dtype=np.float64)
         return np.asarray(total)
 
     @staticmethod
-    def fit(size: FloatArray, seconds: FloatArray, **features: FloatArray) -> Curve:
+    def fit(size: FloatArray, seconds: FloatArray, staircase: int = 0, **features: FloatArray) -> Curve:
         """Non-negative least squares on relative error.
 
         Parameters
         ----------
         size, seconds
             [n], the size of each observation and its time.
+        staircase
+            Every size up to this one that was seen a few times is a knot with a free level; the curve rises from the
+            last of them on.
         features
             [n] each, further non-negative terms.
 
@@ -74,11 +81,16 @@ class Curve:
         if size.size == 0:
             raise UserError("no step to fit a cost curve from; profile at least one step of every kind")
         # One knot per step of the ladder, at the largest size seen there: every level has data, so none is free.
-        sizes = np.unique(size)
+        sizes, counts = np.unique(size, return_counts=True)
         rungs = np.searchsorted(_LADDER, sizes)
-        knots = np.unique(np.concatenate((sizes[:1], sizes[np.append(rungs[1:] > rungs[:-1], True)])))
-        ramps = [np.clip((size - low) / (high - low), 0.0, 1.0) for low, high in pairwise(knots)]
-        design = np.column_stack([np.ones_like(size), *ramps, *features.values()])
+        free = sizes[(sizes <= staircase) & (counts >= _ENOUGH)]
+        ladder = sizes[np.append(rungs[1:] > rungs[:-1], True)]
+        free = np.union1d(free, sizes[:1])
+        knots = np.union1d(free, ladder[ladder > free[-1]])
+        num_free = len(free)
+        steps = [np.interp(size, knots[:num_free], level) for level in np.eye(num_free)]
+        ramps = [np.clip((size - low) / (high - low), 0.0, 1.0) for low, high in pairwise(knots[num_free - 1 :])]
+        design = np.column_stack([*steps, *ramps, *features.values()])
         scale = np.maximum(np.abs(design).max(axis=0), 1e-30)
         predicted = np.maximum(seconds, 1e-9)
         coefficients = np.zeros(design.shape[1])
@@ -87,8 +99,9 @@ class Curve:
             coefficients, _ = nnls(design / scale / predicted[:, None], seconds / predicted)
             predicted = np.maximum(design @ (coefficients / scale), 1e-3 * np.median(seconds) + 1e-9)
         coefficients = coefficients / scale
-        levels = np.cumsum(coefficients[: 1 + len(ramps)])
-        linear = zip(features, coefficients[1 + len(ramps) :].tolist(), strict=True)
+        rising = coefficients[num_free - 1] + np.cumsum(coefficients[num_free : len(knots)])
+        levels = np.concatenate((coefficients[:num_free], rising))
+        linear = zip(features, coefficients[len(knots) :].tolist(), strict=True)
         return Curve(tuple(knots.tolist()), tuple(levels.tolist()), tuple(linear))
 
 
@@ -230,8 +243,15 @@ class CostModel:
                 raise UserError(f"{path} is not a cost table ({error}); make one with `dspark-sim profile`") from error
 
 
-def fit(steps: pd.DataFrame | Iterable[pd.DataFrame], provenance: Mapping[str, Any] | None = None) -> CostModel:
+def fit(
+    steps: pd.DataFrame | Iterable[pd.DataFrame],
+    provenance: Mapping[str, Any] | None = None,
+    others: Iterable[pd.DataFrame] = (),
+) -> CostModel:
     """Fit a cost model from the `steps` tables of one or more runs.
+
+    A target pass may take longer behind a draft than without one, because the drafter's weights have displaced the
+    target's from the caches. That part is fitted beside the target pass and counted as the draft's cost.
 
     Parameters
     ----------
@@ -239,19 +259,25 @@ def fit(steps: pd.DataFrame | Iterable[pd.DataFrame], provenance: Mapping[str, A
         Tables of schema version 1. Decode rounds give verify, draft and host; prefill iterations give prefill.
     provenance
         Hardware and model the steps were measured on.
+    others
+        Tables of runs of the same target under other drafters: they too show what the target's passes cost.
 
     Raises
     ------
     UserError
         If there is no decode round to fit.
     """
-    frame = steps if isinstance(steps, pd.DataFrame) else pd.concat(list(steps), ignore_index=True)
-    decode = frame[frame["num_prefill_tokens"] == 0]
+    own = steps if isinstance(steps, pd.DataFrame) else pd.concat(list(steps), ignore_index=True)
+    frame = pd.concat([own.assign(foreign=False), *(other.assign(foreign=True) for other in others)], ignore_index=True)
+    every = frame[frame["num_prefill_tokens"] == 0]
+    decode = every[~every["foreign"]]
     prefill = frame[frame["num_prefill_tokens"] > 0]
     if decode.empty:
         raise UserError("the profile has no decode round; profile longer or at a lower concurrency")
     drafted = decode[decode["draft_len"] > 0]
-    verify = _fit_verify(decode)
+    with_draft = _fit_verify(every)
+    behind_draft = dict(with_draft.linear)["drafted"]
+    verify = replace(with_draft, linear=tuple(pair for pair in with_draft.linear if "drafted" not in pair[0]))
     draft = Curve()
     if not drafted.empty:
         draft = Curve.fit(
@@ -261,6 +287,7 @@ def fit(steps: pd.DataFrame | Iterable[pd.DataFrame], provenance: Mapping[str, A
             draft_tokens=_column(drafted, "draft_len") * _column(drafted, "num_running"),
             context_tokens=_column(drafted, "context_tokens"),
         )
+        draft = replace(draft, levels=tuple(level + behind_draft for level in draft.levels))
     host = Curve.fit(_column(decode, "num_running"), _host_seconds(decode))
     prefill_curve = prefill_host = Curve()
     if not prefill.empty:
@@ -270,8 +297,8 @@ def fit(steps: pd.DataFrame | Iterable[pd.DataFrame], provenance: Mapping[str, A
     notes = {
         "num_decode_steps": len(decode),
         "num_prefill_steps": len(prefill),
-        "verify_mean_abs_error": _relative_error(verify, decode),
-        "verify_leave_one_out_error": leave_one_out_error(decode),
+        "verify_mean_abs_error": float(np.mean(np.abs(_predict(with_draft, every) / _verify_seconds(every) - 1.0))),
+        "verify_leave_one_out_error": leave_one_out_error(every),
     }
     return CostModel(verify, draft, prefill_curve, host, prefill_host, {**(provenance or {}), **notes})
 
@@ -290,28 +317,30 @@ def leave_one_out_error(decode: pd.DataFrame) -> float:
 
 
 def _fit_verify(decode: pd.DataFrame) -> Curve:
-    return Curve.fit(
-        _column(decode, "batch_tokens"),
-        _column(decode, "verify_seconds"),
-        context_tokens=_column(decode, "context_tokens"),
-        num_requests=_column(decode, "num_running"),
-    )
+    return Curve.fit(_column(decode, "batch_tokens"), _verify_seconds(decode), _STAIRCASE, **_verify_features(decode))
 
 
 def _predict(curve: Curve, decode: pd.DataFrame) -> FloatArray:
-    return curve.seconds(
-        _column(decode, "batch_tokens"),
-        context_tokens=_column(decode, "context_tokens"),
-        num_requests=_column(decode, "num_running"),
-    )
-
-
-def _relative_error(curve: Curve, decode: pd.DataFrame) -> float:
-    return float(np.mean(np.abs(_predict(curve, decode) / _column(decode, "verify_seconds") - 1.0)))
+    return curve.seconds(_column(decode, "batch_tokens"), **_verify_features(decode))
 
 
 def _bias(curve: Curve, decode: pd.DataFrame) -> float:
-    return float(_predict(curve, decode).sum() / _column(decode, "verify_seconds").sum() - 1.0)
+    return float(_predict(curve, decode).sum() / _verify_seconds(decode).sum() - 1.0)
+
+
+def _verify_features(decode: pd.DataFrame) -> dict[str, FloatArray]:
+    drafted = (decode["draft_len"] > 0).to_numpy()
+    foreign = decode["foreign"].to_numpy(dtype=np.bool_) if "foreign" in decode else np.zeros(len(decode), np.bool_)
+    return {
+        "context_tokens": _column(decode, "context_tokens"),
+        "num_requests": _column(decode, "num_running"),
+        "drafted": (drafted & ~foreign).astype(np.float64),
+        "drafted_otherwise": (drafted & foreign).astype(np.float64),
+    }
+
+
+def _verify_seconds(decode: pd.DataFrame) -> FloatArray:
+    return _column(decode, "verify_seconds")
 
 
 def _host_seconds(decode: pd.DataFrame) -> FloatArray:
