@@ -5,8 +5,8 @@ learns. Controllers see counts and numpy arrays, never tensors, and the same obj
 the simulator.
 
 **Survival** of draft position j (0-based) of request r is the estimated probability that positions 0..j are all
-accepted: the cumulative product of the confidences. It never rises with j, so the j best positions of a request
-are always a prefix.
+accepted: the cumulative product of the policy's signal, usually the confidences. It never rises with j, so the j
+best positions of a request are always a prefix. It is 0 where nothing was drafted.
 
 **Why a scheduler can bias the output.** Under rejection sampling the decision to verify drafted token k must not
 depend on token k itself (nor on later ones): given the tokens before it, its admission has to be fixed before it
@@ -15,15 +15,20 @@ is looked at. A policy states what its admission depends on in `information`:
 * ``"history"``: earlier rounds and the load only;
 * ``"pre_token"``: also confidences, each computed from what was known before the token it judges;
 * ``"sampled_token"``: the drafted tokens themselves; biased under rejection sampling.
+
+The policies that only count are in `policy_history`, those that rank draft positions in `policy_ranked`;
+`policy_zoo` makes any of them by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import isotonic_regression
 
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
@@ -31,6 +36,7 @@ from dspark_sim.errors import UserError
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Information = Literal["history", "pre_token", "sampled_token"]
+Signal = Literal["confidence", "draft_prob", "accept_prob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,8 @@ class LoadView:
         Sum over running requests of tokens in the KV cache.
     block_size
         Most tokens the drafter can propose per round.
+    request_ids
+        Ids of the running requests, in batch order; empty before a batch exists.
     """
 
     step: int
@@ -54,6 +62,7 @@ class LoadView:
     num_waiting: int
     context_tokens: int
     block_size: int
+    request_ids: tuple[int, ...] = ()
 
 
 class Controller(Protocol):
@@ -78,6 +87,15 @@ class SpeculationPolicy(Protocol):
     @property
     def information(self) -> Information:
         """What admission of a token may depend on."""
+        ...
+
+    @property
+    def signal(self) -> Signal:
+        """What survival is the cumulative product of.
+
+        Confidence estimates; the drafter's probability of the very tokens it sampled; or true acceptance
+        probabilities, which only a replay knows.
+        """
         ...
 
     @property
@@ -106,6 +124,7 @@ class Fixed:
 
     verify_len: int
     information: Information = "history"
+    signal: Signal = "confidence"
     needs_confidence: bool = False
 
     def __post_init__(self) -> None:
@@ -151,49 +170,133 @@ class PrefixScheduler:
     output (paper, Appendix A).
 
     `seconds(B)` is the time of a whole round: target pass, draft, and host. The draft has been paid when the
-    choice is made, but it is part of what a round costs and so of the rate the choice maximises.
+    choice is made, but it is part of what a round costs and so of the rate the choice maximises. Where a matrix
+    kernel makes an odd size slower than a larger one, the nearest curve that does not fall is taken: Algorithm 1
+    would stop at the odd size although the next one pays.
 
     Parameters
     ----------
     cost
         Step times by batch tokens; must come from the same device, model and thread count as the run.
     draft_len
-        Tokens to draft per round; ``None`` means the drafter's block size.
+        Tokens to draft per round, at least 1; ``None`` means the drafter's block size.
     """
 
     cost: CostModel
     draft_len: int | None = None
     information: Information = "pre_token"
+    signal: Signal = "confidence"
     needs_confidence: bool = True
+
+    def __post_init__(self) -> None:
+        check_draft_len(self.draft_len)
 
     def start(self) -> Controller:
         """A stateless controller."""
-        return _PrefixController(self.cost, self.draft_len)
+        return RankedController(self.cost, self.draft_len, _admit_smoothly)
 
     def label(self) -> str:
         """Name in tables."""
         return "prefix" if self.draft_len is None else f"prefix-{self.draft_len}"
 
 
+def _admit_smoothly(survival: FloatArray, seconds: FloatArray) -> IntArray:
+    if (seconds[1:] < seconds[:-1]).any():
+        seconds = np.asarray(isotonic_regression(seconds).x)
+    return admit_prefixes(survival, seconds)
+
+
 @dataclass(frozen=True)
-class _PrefixController:
+class RankedController:
+    """Stateless: admits from the ranked list by a rule on survival and round seconds.
+
+    Parameters
+    ----------
+    cost
+        Prices a round.
+    max_draft_len
+        Tokens to draft per round; ``None`` means the drafter's block size.
+    admit
+        From survival [R, γ] and seconds [R·γ + 1] to verify lengths [R], such as `admit_prefixes`.
+    """
+
     cost: CostModel
     max_draft_len: int | None
+    admit: Callable[[FloatArray, FloatArray], IntArray]
 
     def draft_len(self, load: LoadView) -> int:
-        return load.block_size if self.max_draft_len is None else min(self.max_draft_len, load.block_size)
+        """The chosen length, at most the block size."""
+        return capped(self.max_draft_len, load)
 
     def verify_lens(self, load: LoadView, survival: FloatArray) -> IntArray:
-        num_requests, draft_len = survival.shape
-        fixed = self.cost.draft_seconds(num_requests, draft_len, load.context_tokens) + self.cost.host_seconds(
-            num_requests
-        )
-        batch_tokens = np.arange(num_requests, num_requests * (1 + draft_len) + 1)
-        seconds = self.cost.step_seconds(batch_tokens, load.context_tokens, num_requests) + fixed
-        return admit_prefixes(survival, seconds)
+        """What the rule admits."""
+        return self.admit(survival, round_seconds(self.cost, load, *survival.shape))
 
     def observe(self, load: LoadView, verify_lens: IntArray, num_accepted: IntArray) -> None:
-        pass
+        """Nothing is learnt."""
+
+
+def check_draft_len(draft_len: int | None) -> None:
+    """Refuse a draft length below 1.
+
+    Raises
+    ------
+    UserError
+        If `draft_len` is neither ``None`` nor at least 1.
+    """
+    if draft_len is not None and draft_len < 1:
+        raise UserError(f"draft_len is {draft_len}; give 1 or more, or None for the drafter's whole block")
+
+
+def capped(draft_len: int | None, load: LoadView) -> int:
+    """`draft_len`, at most the block size; ``None`` is the block size."""
+    return load.block_size if draft_len is None else min(draft_len, load.block_size)
+
+
+def round_seconds(cost: CostModel, load: LoadView, num_requests: int, draft_len: int) -> FloatArray:
+    """Seconds of a whole round by drafted tokens verified.
+
+    Returns
+    -------
+    array
+        [R·γ + 1]; entry i is the time of drafting γ tokens for each of R requests, of a target pass over R + i
+        tokens, and of the host.
+    """
+    fixed = cost.draft_seconds(num_requests, draft_len, load.context_tokens) + cost.host_seconds(num_requests)
+    batch_tokens = np.arange(num_requests, num_requests * (1 + draft_len) + 1)
+    return cost.step_seconds(batch_tokens, load.context_tokens, num_requests) + fixed
+
+
+def ranked(survival: FloatArray) -> tuple[IntArray, FloatArray]:
+    """All (request, position) pairs by survival, highest first, and what admitting them in turn is worth.
+
+    Parameters
+    ----------
+    survival
+        [R, γ], in [0, 1], not rising along a row.
+
+    Returns
+    -------
+    order
+        [R·γ], pair (r, j) written as j·R + r. Ties go by position, then by request, never by token: so the first
+        pairs of a request always are a prefix, and nothing after a pair decides where it stands.
+    expected
+        [R·γ + 1], expected emitted tokens of the round when the first i pairs are verified: R + Σ survival.
+    """
+    # Flattening position-major and sorting stably breaks the ties.
+    flat = survival.T.ravel()
+    order = np.argsort(-flat, kind="stable")
+    expected = np.empty(flat.size + 1)
+    expected[0] = survival.shape[0]
+    expected[1:] = flat[order]
+    return order, np.cumsum(expected)
+
+
+def leading_lens(order: IntArray, num_admitted: int, survival: FloatArray) -> IntArray:
+    """Verify lengths [R] that admit the first pairs of a ranking, positions of zero survival never."""
+    num_requests = survival.shape[0]
+    num_admitted = min(num_admitted, int(np.count_nonzero(survival)))
+    return np.bincount(order[:num_admitted] % max(num_requests, 1), minlength=num_requests).astype(np.int64)
 
 
 def admit_prefixes(survival: FloatArray, seconds: FloatArray) -> IntArray:
@@ -211,23 +314,18 @@ def admit_prefixes(survival: FloatArray, seconds: FloatArray) -> IntArray:
     array
         [R], number of leading positions admitted per request.
     """
-    num_requests, draft_len = survival.shape
-    if num_requests == 0 or draft_len == 0:
-        return np.zeros(num_requests, dtype=np.int64)
-    # Ties: by position, then by request, never by token. Flattening position-major and sorting stably does that.
-    flat = survival.T.ravel()
-    order = np.argsort(-flat, kind="stable")
-    expected = num_requests + np.concatenate(([0.0], np.cumsum(flat[order])))
+    order, expected = ranked(survival)
     throughput = expected / seconds
     rises = throughput[1:] > throughput[:-1]
-    num_admitted = int(np.argmin(rises)) if not rises.all() else rises.size
-    return np.bincount(order[:num_admitted] % num_requests, minlength=num_requests).astype(np.int64)
-
-
-Policy = Fixed | PrefixScheduler
+    num_admitted = rises.size if rises.all() else int(np.argmin(rises))
+    return leading_lens(order, num_admitted, survival)
 
 
 def parameters(policy: SpeculationPolicy) -> dict[str, Any]:
-    """A policy's kind and parameters as JSON types, without its cost table (which is recorded on its own)."""
+    """A policy's kind and parameters as JSON types, without cost tables (which are recorded on their own).
+
+    A policy inside a policy, such as the one that `Parked` wraps, becomes a dictionary of the same form.
+    """
     values = {name: value for name, value in vars(policy).items() if not isinstance(value, CostModel)}
-    return {"kind": type(policy).__name__, **values}
+    nested = {name: parameters(value) for name, value in values.items() if hasattr(value, "start")}
+    return {"kind": type(policy).__name__, **values, **nested}

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from toy import algorithm_1, toy_cost, toy_trace
 
+from dspark_sim.cost import CostModel, Curve
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop, DraftBatch, survival_of
-from dspark_sim.policy import Fixed, LoadView, PrefixScheduler, admit_prefixes
+from dspark_sim.policy import Fixed, LoadView, PrefixScheduler, admit_prefixes, parameters, ranked
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.simulate import RecordedAnchors, ReplayExecutor
 
@@ -55,6 +56,20 @@ def test_zero_survival_is_never_admitted(case: tuple[np.ndarray, np.ndarray]) ->
     assert (admit_prefixes(survival, seconds) <= (survival > 0).sum(axis=1)).all()
 
 
+@given(rounds())
+def test_ranking_is_by_survival_then_position_then_request(case: tuple[np.ndarray, np.ndarray]) -> None:
+    survival, _ = case
+    num_requests, draft_len = survival.shape
+    pairs = sorted((-survival[r, j], j, r) for r in range(num_requests) for j in range(draft_len))
+    order, expected = ranked(survival)
+    assert order.tolist() == [j * num_requests + r for _, j, r in pairs]
+    assert expected.tolist() == [num_requests - sum(pair[0] for pair in pairs[:i]) for i in range(len(pairs) + 1)]
+
+
+def test_an_undrafted_position_is_not_admitted_where_a_larger_batch_is_faster() -> None:
+    assert admit_prefixes(np.array([[0.5, 0.0], [0.0, 0.0]]), np.array([1.0, 0.9, 0.5, 0.4, 0.3])).tolist() == [1, 0]
+
+
 def test_free_tokens_are_all_admitted_and_costly_ones_not() -> None:
     survival = np.full((3, 4), 0.5)
     assert admit_prefixes(survival, np.ones(13)).tolist() == [4, 4, 4]
@@ -80,7 +95,7 @@ def test_fixed_is_fixed(verify_len: int) -> None:
     assert controller.draft_len(load(2)) == verify_len
     assert controller.verify_lens(load(2), np.zeros((2, verify_len))).tolist() == [verify_len] * 2
     assert policy.label() == (f"fixed-{verify_len}" if verify_len else "none")
-    assert (policy.information, policy.needs_confidence) == ("history", False)
+    assert (policy.information, policy.signal, policy.needs_confidence) == ("history", "confidence", False)
 
 
 def test_fixed_refuses_a_negative_length() -> None:
@@ -91,6 +106,14 @@ def test_fixed_refuses_a_negative_length() -> None:
 @pytest.mark.parametrize(("draft_len", "expected"), [(None, 5), (3, 3), (9, 5)])
 def test_prefix_draft_len(draft_len: int | None, expected: int) -> None:
     assert PrefixScheduler(toy_cost(), draft_len).start().draft_len(load(1)) == expected
+
+
+def test_parameters_leave_the_cost_table_out() -> None:
+    traits = {"signal": "confidence"}
+    expected = {"kind": "Fixed", "verify_len": 3, "information": "history", "needs_confidence": False}
+    assert parameters(Fixed(3)) == expected | traits
+    expected = {"kind": "PrefixScheduler", "draft_len": 2, "information": "pre_token", "needs_confidence": True}
+    assert parameters(PrefixScheduler(toy_cost(), 2)) == expected | traits
 
 
 def test_survival_is_a_falling_product_and_zero_past_the_draft() -> None:
@@ -107,3 +130,12 @@ def test_loop_refuses_a_confidence_policy_without_confidences() -> None:
     build(Fixed(3), confidence=False)
     with pytest.raises(UserError, match="policy prefix needs confidence estimates"):
         build(PrefixScheduler(toy_cost()), confidence=False)
+
+
+def test_an_odd_size_that_is_slow_does_not_stop_the_scheduler():
+    """A kernel may take longer for 2 and 3 tokens than for 4; with every draft sure to be accepted all 3 pay."""
+    cost = CostModel(verify=Curve((1.0, 2.0, 3.0, 4.0), (1.0, 2.05, 2.05, 1.5)))
+    one = LoadView(0, 1, 0, 0, 3, (0,))
+    survival = np.ones((1, 3))
+    assert admit_prefixes(survival, np.array([1.0, 2.05, 2.05, 1.5])).tolist() == [0]
+    assert PrefixScheduler(cost).start().verify_lens(one, survival).tolist() == [3]
