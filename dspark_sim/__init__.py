@@ -1,11 +1,15 @@
 """Record speculative decoding on a real engine once, then replay any schedule in a discrete-event simulator.
 
 The names below are loaded on first use: importing the package imports neither torch nor transformers nor simpy.
+`simulate` is both the call (`api.simulate`) and the subpackage: whichever way it is imported, it can be called.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from inspect import Signature, signature
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,40 +17,91 @@ if TYPE_CHECKING:
     from dspark_sim.cost import CostModel
     from dspark_sim.engine.serve import Engine
     from dspark_sim.policy import Fixed, PrefixScheduler
+    from dspark_sim.policy_history import AcceptanceEMA, BatchSizeTable, Goodput, Parked
+    from dspark_sim.policy_ranked import ConfidenceThreshold, GlobalArgmax, LaggedPrefixScheduler, Oracle, Tetris
+    from dspark_sim.policy_zoo import make_policy
     from dspark_sim.trace import Trace
     from dspark_sim.workload import ClosedLoop, Poisson
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AcceptanceEMA",
+    "BatchSizeTable",
     "ClosedLoop",
+    "ConfidenceThreshold",
     "CostModel",
     "Engine",
     "Fixed",
+    "GlobalArgmax",
+    "Goodput",
+    "LaggedPrefixScheduler",
+    "Oracle",
+    "Parked",
     "Poisson",
     "PrefixScheduler",
+    "Tetris",
     "Trace",
     "__version__",
     "compare",
+    "make_policy",
     "profile",
     "record",
     "simulate",
 ]
 
 
+class _Package(ModuleType):
+    """The type of this package: the import of a subpackage sets it as an attribute."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "simulate" and isinstance(value, ModuleType):
+            value.__class__ = _CallableModule
+        super().__setattr__(name, value)
+
+
+class _CallableModule(ModuleType):
+    """The subpackage `simulate`, which stands where the call of that name is looked for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("dspark_sim.api").simulate(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Functions can be sent to other processes, modules cannot.
+        return import_module, (self.__name__,)
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(import_module("dspark_sim.api").simulate)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
+    if name == "simulate":
+        return import_module(f"{__name__}.simulate")
     homes = {
+        "AcceptanceEMA": "policy_history",
+        "BatchSizeTable": "policy_history",
         "ClosedLoop": "workload",
+        "ConfidenceThreshold": "policy_ranked",
         "CostModel": "cost",
         "Engine": "engine.serve",
         "Fixed": "policy",
+        "GlobalArgmax": "policy_ranked",
+        "Goodput": "policy_history",
+        "LaggedPrefixScheduler": "policy_ranked",
+        "Oracle": "policy_ranked",
+        "Parked": "policy_history",
         "Poisson": "workload",
         "PrefixScheduler": "policy",
+        "Tetris": "policy_ranked",
         "Trace": "trace",
         "compare": "api",
+        "make_policy": "policy_zoo",
         "profile": "api",
         "record": "api",
-        "simulate": "api",
     }
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,20 +36,21 @@ def record(
     workload: Workload | None = None,
     max_tokens: int = 64,
     per_domain: int | None = 4,
-    mode: Literal["greedy", "rejection"] = "greedy",
+    mode: Literal["greedy", "rejection", "coupled", "target_match", "block"] = "greedy",
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str = "float32",
     device: str = "auto",
+    allow_biased: bool = False,
     anchors: bool = True,
     cost: CostModel | None = None,
     out: Path | str | None = None,
     engine: Engine | None = None,
     progress: bool = True,
 ) -> Trace:
-    """Serve prompts live; at temperature 0 also draft a block at every position of the outputs.
+    """Serve prompts live, and draft a block at every position of the outputs.
 
     Parameters
     ----------
@@ -61,10 +62,10 @@ def record(
         ``None`` verifies every whole block.
     concurrency
         Users of a closed loop; `workload` overrides it.
-    max_tokens, mode, temperature, top_k, top_p, seed, cost
+    max_tokens, mode, temperature, top_k, top_p, seed, cost, allow_biased
         See `Engine.record`.
     anchors
-        Whether to make the dense pass (greedy runs with a drafter only).
+        Whether to make the dense pass (with a drafter, and not after mode block or a biased run).
     out
         Folder to write the trace to.
     engine
@@ -91,9 +92,10 @@ def record(
         top_p=top_p,
         seed=seed,
         cost=cost,
+        allow_biased=allow_biased,
         progress=progress,
     )
-    if anchors and mode == "greedy" and engine.drafter is not None:
+    if anchors and mode != "block" and not trace.config["biased"] and engine.drafter is not None:
         trace = engine.anchors(trace, progress=progress)
     if out is not None:
         trace.write(out)
@@ -128,6 +130,7 @@ def simulate(
     workload: Workload | None = None,
     block_size: int | None = None,
     num_requests: int | None = None,
+    allow_biased: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> Trace:
@@ -145,6 +148,8 @@ def simulate(
         At most the recorded one; ``None`` keeps it.
     num_requests
         Requests to serve; the recorded ones are repeated in order. ``None`` serves each once.
+    allow_biased
+        Run a policy that would bias the live output, as a labelled negative control.
     seed
         Of the workload's randomness.
 
@@ -171,6 +176,7 @@ def simulate(
         cost,
         num_requests=num_requests,
         block_size=block_size,
+        allow_biased=allow_biased,
         seed=seed,
         progress=progress,
     )

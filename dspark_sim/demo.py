@@ -1,13 +1,15 @@
 """The demonstration: decode live, simulate the same, print both and the error between them.
 
 Cells are policies × concurrencies. Every cell runs twice live, in alternation, so that the difference of the two
-says how far a figure can be trusted on this machine; the live figure is their mean. The simulator sees a profile
-run's costs and one recording's anchors, never the cells' own times.
+says how far a figure can be trusted on this machine; the live figure is their mean. The simulator sees profile
+passes' costs and one recording's anchors, never the cells' own times. Some profile passes lie between and behind the
+cells of each concurrency, because a shared machine's speed drifts within minutes. The scheduling policy decides by
+a table profiled beforehand, live and simulated alike, so that both make the same choices.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ from dspark_sim.api import simulate
 from dspark_sim.cost import CostModel
 from dspark_sim.policy import Fixed, PrefixScheduler, SpeculationPolicy
 from dspark_sim.trace import Trace
-from dspark_sim.workload import ClosedLoop, bundled_prompts
+from dspark_sim.workload import ClosedLoop, Prompt, bundled_prompts
 
 if TYPE_CHECKING:
     from dspark_sim.engine.serve import Engine
@@ -38,18 +40,17 @@ class DemoScale:
         Pairs (concurrency, requests served at it).
     max_tokens
         Most output tokens per request.
-    profile_concurrency, profile_tokens
-        Of the profile run.
+    profile_tokens
+        Most output tokens per request of a profile pass.
     """
 
     num_requests: tuple[tuple[int, int], ...] = ((1, 4), (4, 8), (16, 48))
     max_tokens: int = 32
-    profile_concurrency: tuple[int, ...] = (1, 4, 16)
     profile_tokens: int = 24
 
 
 FULL = DemoScale()
-QUICK = DemoScale(num_requests=((1, 2), (4, 4), (16, 16)), max_tokens=12, profile_tokens=12)
+QUICK = DemoScale(num_requests=((1, 2), (4, 4), (16, 16)), max_tokens=12, profile_tokens=10)
 
 HEADERS = {
     "policy": "policy",
@@ -79,7 +80,6 @@ class _Cell:
     engine: Engine
     policy: SpeculationPolicy
     label: str
-    cost: CostModel
     anchors: Trace
 
 
@@ -119,12 +119,10 @@ def run_demo(
     prompts = bundled_prompts()[: max(count for _, count in scale.num_requests)]
 
     print("Profiling what an iteration costs …", flush=True)
-    cost = engine.profile(prompts, concurrency=scale.profile_concurrency, max_tokens=scale.profile_tokens)
-    cost.write(out / "cost.json")
+    engine.warm_up(prompts)
+    passes = [_pass(engine, prompts, users, scale, seed) for seed, users in enumerate(levels)]
+    table = engine.fit_cost(passes)
     lookup = engine.with_drafter("ngram")
-    # The target's pass costs the same under every drafter; only the draft and the host part differ.
-    lookup_own = lookup.profile(prompts, concurrency=(4,), max_tokens=scale.profile_tokens)
-    lookup_cost = replace(cost, draft=lookup_own.draft)
 
     print("Recording outputs, and drafting a block at every position of them …", flush=True)
     base = engine.with_drafter("none").record(
@@ -137,40 +135,54 @@ def run_demo(
     gamma = engine.block_size
     name = engine.drafter_name
     cells = [
-        _Cell(engine.with_drafter("none"), Fixed(0), "none", cost, anchors),
-        _Cell(lookup, Fixed(lookup.block_size), f"ngram fixed-{lookup.block_size}", lookup_cost, lookup_anchors),
-        _Cell(engine, Fixed(gamma), f"{name} fixed-{gamma}", cost, anchors),
+        _Cell(engine.with_drafter("none"), Fixed(0), "none", anchors),
+        _Cell(lookup, Fixed(lookup.block_size), f"ngram fixed-{lookup.block_size}", lookup_anchors),
+        _Cell(engine, Fixed(gamma), f"{name} fixed-{gamma}", anchors),
     ]
     if engine.has_confidence:
-        cells.append(_Cell(engine, PrefixScheduler(cost), f"{name} prefix", cost, anchors))
-    rows = []
+        cells.append(_Cell(engine, PrefixScheduler(table), f"{name} prefix", anchors))
+    lookup_passes: list[Trace] = []
+    runs: dict[tuple[str, int], list[Trace]] = {}
     with tqdm(total=2 * len(cells) * len(levels), desc="live runs", unit="run") as bar:
         for users, count in scale.num_requests:
-            runs: list[list[Trace]] = [[], []]
             for repeat in (0, 1):
                 for cell in cells:
-                    runs[repeat].append(
-                        cell.engine.record(
-                            prompts[:count],
-                            cell.policy,
-                            ClosedLoop(users),
-                            max_tokens=scale.max_tokens,
-                            cost=cell.cost,
-                            progress=False,
-                        )
+                    trace = cell.engine.record(
+                        prompts[:count],
+                        cell.policy,
+                        ClosedLoop(users),
+                        max_tokens=scale.max_tokens,
+                        cost=table,
+                        progress=False,
                     )
+                    runs.setdefault((cell.label, users), []).append(trace)
+                    if repeat == 0:
+                        trace.write(out / "traces" / f"{cell.label.replace(' ', '-')}-c{users}")
                     bar.update()
-            for cell, live, again in zip(cells, *runs, strict=True):
-                live.write(out / "traces" / f"{cell.label.replace(' ', '-')}-c{users}")
-                rows.append(_row(cell, users, count, live, again))
+                passes.append(_pass(engine, prompts, users, scale, len(passes)))
+            lookup_passes.append(_pass(lookup, prompts, users, scale, len(passes)))
+    cost = engine.fit_cost(passes, lookup_passes)
+    cost.write(out / "cost.json")
+    plain_cost = lookup.fit_cost(lookup_passes, passes)
+    rows = [
+        _row(cell, users, count, cost if cell.engine is engine else plain_cost, *runs[cell.label, users])
+        for users, count in scale.num_requests
+        for cell in cells
+    ]
     frame = pd.DataFrame(rows)
     _report(frame, engine, out, json_path)
     print(f"Wrote traces, cost table, table and figures to {out} in {perf_counter() - start:.0f} s.")
     return frame
 
 
-def _row(cell: _Cell, users: int, count: int, live: Trace, again: Trace) -> dict[str, object]:
-    twin = simulate(cell.anchors, policy=cell.policy, cost=cell.cost, concurrency=users, num_requests=count)
+def _pass(engine: Engine, prompts: list[Prompt], users: int, scale: DemoScale, seed: int) -> Trace:
+    return engine.profile_pass(
+        prompts, users, max_tokens=scale.profile_tokens, num_requests=max(4, users), seed=seed + 1
+    )
+
+
+def _row(cell: _Cell, users: int, count: int, cost: CostModel, live: Trace, again: Trace) -> dict[str, object]:
+    twin = simulate(cell.anchors, policy=cell.policy, cost=cost, concurrency=users, num_requests=count)
     first, second, simulated = summary(live), summary(again), summary(twin)
     throughput = (first["output_throughput"] + second["output_throughput"]) / 2
     speed = (first["user_tokens_per_second"] + second["user_tokens_per_second"]) / 2

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
-from dspark_sim.policy import LoadView, SpeculationPolicy
+from dspark_sim.policy import LoadView, Signal, SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler
 from dspark_sim.trace import DraftRows, StepRow, TraceRecorder
@@ -52,6 +52,10 @@ class DraftBatch:
         Seconds of the draft (backbone) and head.
     tokens
         [R, γ] drafted token ids for the trace, or ``None``.
+    draft_prob
+        [R, γ], the drafter's probability of the very tokens it proposed, or ``None``.
+    accept_prob
+        [R, γ], true P(accept k | all before k accepted), or ``None``; only a replay knows it.
     handle
         What the executor needs to verify them.
     """
@@ -60,12 +64,15 @@ class DraftBatch:
     confidence: FloatArray
     spans: Spans = field(default_factory=dict)
     tokens: npt.NDArray[np.int32] | None = None
+    draft_prob: FloatArray | None = None
+    accept_prob: FloatArray | None = None
     handle: Any = None
 
     @staticmethod
     def empty(num_requests: int) -> DraftBatch:
         """A batch without drafts: plain decoding."""
-        return DraftBatch(np.zeros(num_requests, dtype=np.int64), np.zeros((num_requests, 0)))
+        nothing = np.zeros((num_requests, 0))
+        return DraftBatch(np.zeros(num_requests, dtype=np.int64), nothing, draft_prob=nothing, accept_prob=nothing)
 
 
 @dataclass(slots=True)
@@ -106,6 +113,11 @@ class Executor(Protocol):
         """Whether drafts carry confidence estimates."""
         ...
 
+    @property
+    def mode(self) -> str:
+        """Acceptance mode; under ``rejection`` and ``block`` a policy that looks at sampled tokens is biased."""
+        ...
+
     def clock(self) -> float:
         """Seconds on the clock that the work is spent on; a virtual clock stands still inside an iteration."""
         ...
@@ -142,11 +154,13 @@ class DecodeLoop:
         Collects the trace; ``None`` records nothing.
     cost
         If given, each step's predicted seconds and throughput are recorded beside the actual ones.
+    allow_biased
+        Run a policy under a mode whose output it biases, as a negative control; `biased` then says so.
 
     Raises
     ------
     UserError
-        If the policy needs confidences that the executor's drafter does not give.
+        If the policy needs confidences that the executor's drafter does not give, or would bias the output.
     """
 
     def __init__(
@@ -156,15 +170,26 @@ class DecodeLoop:
         policy: SpeculationPolicy,
         recorder: TraceRecorder | None = None,
         cost: CostModel | None = None,
+        *,
+        allow_biased: bool = False,
     ) -> None:
+        # True acceptance probabilities exist in replays alone, as an upper bound; nothing is emitted by them.
+        peeks = policy.information == "sampled_token" and policy.signal != "accept_prob"
+        self.biased = peeks and executor.mode in ("rejection", "block")
+        if self.biased and not allow_biased:
+            raise UserError(
+                f"policy {policy.label()} looks at sampled tokens, which biases the output under mode {executor.mode}; "
+                "use greedy, coupled or target_match, or --allow-biased for a negative control"
+            )
         if policy.needs_confidence and not executor.has_confidence:
             raise UserError(
                 f"policy {policy.label()} needs confidence estimates and this drafter gives none; "
-                "use a drafter with a confidence head or a fixed policy"
+                "use a drafter with a confidence head, --confidence top1, or a fixed policy"
             )
         self.executor = executor
         self.scheduler = scheduler
         self.controller = policy.start()
+        self.signal = policy.signal
         self.recorder = recorder
         self.cost = cost
         self.num_steps = 0
@@ -204,6 +229,7 @@ class DecodeLoop:
             requests, emitted, stopped, spans = plan.prefill, fresh, prefilled.stopped, dict(prefilled.spans)
             batch_tokens = padded_tokens = num_prefill_tokens
             draft_len = 0
+            survival = np.zeros((len(requests), 0))
             verify_lens = num_accepted = np.zeros(len(requests), dtype=np.int64)
         else:
             requests = plan.decode
@@ -211,7 +237,7 @@ class DecodeLoop:
             draft_len = min(self.controller.draft_len(load), load.block_size)
             drafts = self.executor.draft(requests, draft_len) if draft_len else DraftBatch.empty(len(requests))
             before = clock()
-            survival = survival_of(drafts)
+            survival = survival_of(drafts, self.signal)
             verify_lens = np.minimum(self.controller.verify_lens(load, survival), drafts.draft_lens)
             policy_seconds = clock() - before
             outcome = self.executor.verify(requests, drafts, verify_lens)
@@ -225,7 +251,7 @@ class DecodeLoop:
         spans["host"] = seconds - measured
         if self.recorder is not None:
             predicted_seconds, predicted_throughput = self._predict(
-                load, draft_len, batch_tokens, verify_lens, None if drafts is None else survival_of(drafts)
+                load, draft_len, batch_tokens, verify_lens, None if drafts is None else survival
             )
             self.recorder.step(
                 StepRow(
@@ -270,6 +296,7 @@ class DecodeLoop:
             num_waiting=len(self.scheduler.waiting),
             context_tokens=sum(request.context_len for request in decode),
             block_size=self.executor.block_size,
+            request_ids=tuple(request.request_id for request in decode),
         )
 
     def _commit(self, requests: Sequence[Request], emitted: IntArray, stopped: BoolArray, now: float) -> None:
@@ -297,8 +324,20 @@ class DecodeLoop:
         return seconds, (load.num_running + float(survival[admitted].sum())) / seconds
 
 
-def survival_of(drafts: DraftBatch) -> FloatArray:
-    """Survival [R, γ] of drafted positions: cumulative product of confidence, 0 where nothing was drafted."""
-    width = drafts.confidence.shape[1]
+def survival_of(drafts: DraftBatch, signal: Signal = "confidence") -> FloatArray:
+    """Survival [R, γ] of drafted positions: cumulative product of a signal, 0 where nothing was drafted.
+
+    Raises
+    ------
+    UserError
+        If the executor does not give the signal.
+    """
+    values: FloatArray | None = getattr(drafts, signal)
+    if values is None:
+        raise UserError(
+            f"the policy needs {signal}, which this run does not have; "
+            + ("only a simulation of a recording knows it" if signal == "accept_prob" else "choose another policy")
+        )
+    width = values.shape[1]
     drafted = np.arange(width) < drafts.draft_lens[:, None]
-    return np.cumprod(np.where(drafted, drafts.confidence, 0.0), axis=1, dtype=np.float64)
+    return np.cumprod(np.where(drafted, values, 0.0), axis=1, dtype=np.float64)

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
+from dspark_sim.policy_zoo import DEFAULT_TABLE, Policy, PolicyName, make_policy
+from dspark_sim.workload import ClosedLoop, Poisson, Prompt, Workload, bundled_prompts, read_prompts
 
 if TYPE_CHECKING:
+    from dspark_sim.engine.drafters.choose import Confidence
     from dspark_sim.engine.serve import Engine
-    from dspark_sim.policy import SpeculationPolicy
-    from dspark_sim.workload import Prompt, Workload
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class NetworkOptions:
     """Which models, and where they run."""
 
     target: str = "smollm2-135m-instruct"
@@ -29,8 +31,8 @@ class ModelOptions:
     num_threads: int | None = None
     """Threads of torch on a CPU; default: torch's own choice."""
 
-    def load(self, max_num_seqs: int) -> Engine:
-        """The engine."""
+    def engine(self, max_num_seqs: int, confidence: Confidence | None = None) -> Engine:
+        """The engine, with a source of confidence (``None``: the drafter's head)."""
         from dspark_sim.engine.serve import Engine
 
         return Engine.load(
@@ -40,7 +42,49 @@ class ModelOptions:
             device=self.device,
             num_threads=self.num_threads,
             max_num_seqs=max_num_seqs,
+            confidence=confidence,
         )
+
+
+@dataclass(frozen=True)
+class ModelOptions(NetworkOptions):
+    """Which models, where they run, and how sure a drafter is of its drafts."""
+
+    confidence: Literal["head", "top1", "margin"] = "head"
+    """Where a draft's estimated acceptance is read from, always before the draft is chosen.
+    head: the drafter's confidence head, if it has one.
+    top1: the probability of the drafter's likeliest token.
+    margin: a logistic function of the gap between its two largest logits; needs --margin."""
+    margin: Path | None = None
+    """For confidence margin: the function's two numbers, made by `dspark-sim fit-margin`."""
+
+    def load(self, max_num_seqs: int) -> Engine:
+        """The engine.
+
+        Raises
+        ------
+        UserError
+            If `confidence` and `margin` do not go together, or as `Engine.load`.
+        """
+        if self.margin is not None and self.confidence != "margin":
+            raise UserError(
+                f"--margin goes with confidence margin and confidence is {self.confidence}; add --confidence margin, "
+                "or leave --margin out"
+            )
+        return self.engine(max_num_seqs, self._source())
+
+    def _source(self) -> Confidence | None:
+        if self.confidence == "head":
+            return None
+        if self.confidence == "margin":
+            if self.margin is None:
+                raise UserError("confidence margin needs a file; give --margin, made by `dspark-sim fit-margin`")
+            from dspark_sim.engine.margin import read_margin
+
+            return read_margin(self.margin, drafter=self.drafter)
+        from dspark_sim.engine.drafters.choose import Confidence
+
+        return Confidence(self.confidence)
 
 
 @dataclass(frozen=True)
@@ -54,34 +98,99 @@ class PromptOptions:
 
     def load(self) -> list[Prompt]:
         """The prompts."""
-        from dspark_sim.workload import bundled_prompts, read_prompts
-
         return bundled_prompts(per_domain=self.per_domain) if self.prompts is None else read_prompts(self.prompts)
 
 
 @dataclass(frozen=True)
-class PolicyOptions:
+class PolicyChoice:
     """How many drafted tokens are verified."""
 
-    policy: Literal["none", "fixed", "prefix"] = "fixed"
-    """none: plain decoding; fixed: always --verify-len; prefix: DSpark's Algorithm 1, needs --cost."""
+    policy: PolicyName = "fixed"
+    """How many drafted tokens of each request are verified:
+    none: nothing is drafted; plain decoding.
+    fixed: always --verify-len.
+    threshold: each draft up to its first confidence below --threshold.
+    table: what --table has for the number of running requests (as in vLLM).
+    ema: a short, middle or long draft, by an average of accepted drafts (as in SGLang).
+    goodput: the length that an average acceptance rate makes fastest (TurboSpec); needs --cost.
+    prefix: drafts in order of confidence while throughput rises (DSpark's Algorithm 1); needs --cost.
+    lagged: as prefix, but how many is set --lag rounds before (DSpark as served); needs --cost.
+    argmax: as prefix, without the stop that keeps the output unbiased: a negative control; needs --cost.
+    tetris: the --capacity likeliest drafts of the whole batch; looks at sampled tokens.
+    oracle: knows what will be accepted: an upper bound, for simulate only; needs --cost."""
     verify_len: int | None = None
     """For fixed: drafted tokens verified per request; default: the whole block."""
+    threshold: float = 0.5
+    """For threshold: least confidence of a verified draft, between 0 and 1."""
+    lag: int = 2
+    """For lagged: rounds between confidences and the batch size made of them, at least 1."""
+    capacity: int = 32
+    """For tetris: drafted tokens verified per round, over all requests."""
+    table: str = ",".join(f"{size}:{verify_len}" for size, verify_len in DEFAULT_TABLE)
+    """For table: pairs REQUESTS:DRAFTS; 4:7,17:0 is 7 drafts for up to 4 running requests, and none from 17 on."""
+    park: bool = False
+    """With any policy that drafts: draft nothing while drafts do not pay; needs --cost."""
+
+    def make(self, block_size: int, cost: CostModel | None) -> Policy:
+        """The policy.
+
+        Raises
+        ------
+        UserError
+            If a value is out of range or the table cannot be read, or a cost table is missing.
+        """
+        return make_policy(
+            self.policy,
+            block_size=block_size,
+            cost=cost,
+            verify_len=self.verify_len,
+            threshold=self.threshold,
+            lag=self.lag,
+            capacity=self.capacity,
+            table=parse_table(self.table),
+            park=self.park,
+        )
+
+
+@dataclass(frozen=True)
+class PolicyOptions(PolicyChoice):
+    """How many drafted tokens are verified, and the cost table that some policies need."""
+
     cost: Path | None = None
     """Cost table made by `dspark-sim profile` on this machine."""
 
-    def load(self, block_size: int) -> SpeculationPolicy:
-        """The policy."""
-        from dspark_sim.cost import CostModel
-        from dspark_sim.policy import Fixed, PrefixScheduler
+    def load(self, block_size: int) -> Policy:
+        """The policy.
 
-        if self.policy == "prefix":
-            if self.cost is None:
-                raise UserError("policy prefix needs a cost table; give --cost, made by `dspark-sim profile`")
-            return PrefixScheduler(CostModel.read(self.cost))
-        if self.policy == "none":
-            return Fixed(0)
-        return Fixed(block_size if self.verify_len is None else self.verify_len)
+        Raises
+        ------
+        UserError
+            As `PolicyChoice.make`, and if there is no cost table at `cost`.
+        """
+        return self.make(block_size, None if self.cost is None else CostModel.read(self.cost))
+
+
+def parse_table(text: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of a batch size table from a text such as ``4:7,16:3``.
+
+    Raises
+    ------
+    UserError
+        If a part of the text is not two whole numbers with a colon between.
+    """
+    pairs = []
+    for part in text.split(","):
+        size, colon, verify_len = part.partition(":")
+        try:
+            if not colon:
+                raise ValueError
+            pairs.append((int(size), int(verify_len)))
+        except ValueError:
+            raise UserError(
+                f"table {text!r} has the part {part.strip()!r}; give pairs REQUESTS:DRAFTS with commas between, "
+                "such as 4:7,16:3,17:0"
+            ) from None
+    return tuple(pairs)
 
 
 @dataclass(frozen=True)
@@ -97,6 +206,4 @@ class LoadOptions:
 
     def load(self) -> Workload:
         """The workload."""
-        from dspark_sim.workload import ClosedLoop, Poisson
-
         return ClosedLoop(self.concurrency) if self.rate is None else Poisson(self.rate, self.seed)

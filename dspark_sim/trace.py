@@ -59,7 +59,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "anchors": pa.schema(
         {
             **{"request_id": _int, "position": _int, "draft_tokens": _tokens, "confidence": _floats},
-            **{"accept_prob": _floats, "num_accepted": _int, "target_rank": _tokens, "node_rank": _tokens},
+            **{"accept_prob": _floats, "draft_prob": _floats, "num_accepted": _int},
+            **{"target_rank": _tokens, "node_rank": _tokens},
         }
     ),
 }

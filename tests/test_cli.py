@@ -5,17 +5,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+import pandas as pd
 import pytest
 from toy import toy_cost, toy_trace
 
 from dspark_sim import cli
 from dspark_sim.analysis.metrics import summary
+from dspark_sim.commands import live, replay
 from dspark_sim.errors import UserError
+from dspark_sim.options import ModelOptions, PolicyChoice, PolicyOptions, parse_table
+from dspark_sim.policy_history import BatchSizeTable
+from dspark_sim.policy_zoo import DEFAULT_TABLE, PolicyName, make_policy
 from dspark_sim.trace import Trace
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "record", "profile", "simulate", "compare", "synthesise", "train", "bench")
+COMMANDS = (
+    *("demo", "record", "profile", "simulate", "compare", "verify", "synthesise", "train", "fit-margin", "bench"),
+)
+POLICIES = get_args(PolicyName)
 
 
 @pytest.fixture
@@ -76,6 +85,28 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
     assert "PATH (default" not in text and "INT (default" not in text and "STR (default" not in text
 
 
+def test_every_choice_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("record", "--help") == 0
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    choices = [*POLICIES, "head", "top1", "margin", "greedy", "rejection", "coupled", "target_match", "block"]
+    for name in choices:
+        assert any(line.startswith(f"{name}: ") for line in lines), name
+    assert run("verify", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "changes the speed and never the output" in text and "exit status 1 if any fails" in text
+
+
+def test_choices_are_the_engines_own() -> None:
+    pytest.importorskip("torch")
+    from dspark_sim.engine.drafters.choose import ConfidenceKind
+    from dspark_sim.engine.verify import Mode
+
+    assert get_args(get_type_hints(live.Record)["mode"]) == get_args(Mode)
+    assert get_args(get_type_hints(ModelOptions, localns={"Confidence": Any, "Engine": Any})["confidence"]) == get_args(
+        ConfidenceKind
+    )
+
+
 @pytest.mark.parametrize("command", ["synthesise", "train"])
 def test_training_commands_have_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
@@ -122,6 +153,78 @@ def test_block_size_is_the_replayed_one(inputs: tuple[str, str], tmp_path: Path)
         assert Trace.read(tmp_path / "twin").drafts["verify_len"].max() == size
 
 
+# ---- policies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("extra", [(), ("--park",), ("--block-size", "2")])
+def test_every_policy_simulates(
+    policy: str, extra: tuple[str, ...], inputs: tuple[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recording, cost = inputs
+    flags = ("simulate", recording, "--cost", cost, "--policy", policy, *extra)
+    if policy == "none" and extra == ("--park",):
+        assert "policy none never drafts" in refused(capfd, *flags)
+        return
+    assert run(*flags, "--out", str(tmp_path / "twin")) == 0
+    twin = Trace.read(tmp_path / "twin")
+    assert twin.requests["output_len"].tolist() == Trace.read(recording).requests["output_len"].tolist()
+    assert twin.config["policy"].startswith(policy) and twin.config["policy"].endswith("parked") == ("--park" in extra)
+    assert (twin.drafts["verify_len"].max() == 0) == (policy == "none")
+
+
+def test_policy_flags_reach_the_policy(inputs: tuple[str, str], tmp_path: Path) -> None:
+    def parameters(*flags: str) -> dict[str, Any]:
+        out = tmp_path / "twin"
+        assert run("simulate", inputs[0], "--cost", inputs[1], "--out", str(out), *flags) == 0
+        found: dict[str, Any] = Trace.read(out).config["policy_parameters"]
+        return found
+
+    assert parameters()["kind"] == "PrefixScheduler"
+    assert parameters("--policy", "threshold", "--threshold", "0.75")["threshold"] == 0.75
+    assert parameters("--policy", "lagged", "--lag", "3")["lag"] == 3
+    assert parameters("--policy", "tetris", "--capacity", "9")["capacity"] == 9
+    assert parameters("--policy", "table", "--table", "2:4, 3:0")["table"] == [[2, 4], [3, 0]]
+    assert parameters("--policy", "fixed", "--verify-len", "3")["verify_len"] == 3
+    parked = parameters("--policy", "threshold", "--threshold", "0.25", "--park")
+    assert (parked["kind"], parked["inner"]["threshold"]) == ("Parked", 0.25)
+
+
+def test_the_table_as_text() -> None:
+    assert parse_table("4:7,16:3,64:1") == ((4, 7), (16, 3), (64, 1))
+    assert parse_table(PolicyChoice().table) == DEFAULT_TABLE
+    assert PolicyChoice("table").make(7, None) == BatchSizeTable(DEFAULT_TABLE)
+
+
+@pytest.mark.parametrize("policy", ["goodput", "prefix", "lagged", "argmax", "oracle"])
+def test_policies_that_need_a_cost_table_say_so(policy: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        PolicyOptions(policy).load(7)
+    assert str(caught.value) == f"policy {policy} needs a cost table; give --cost, made by `dspark-sim profile`"
+
+
+def test_options_make_what_the_zoo_makes(inputs: tuple[str, str]) -> None:
+    cost = toy_cost()
+    for policy in POLICIES:
+        made = PolicyOptions(policy, cost=Path(inputs[1])).load(5)
+        assert made == make_policy(policy, block_size=5, cost=cost)
+    assert replay.Simulate(Path("a"), Path("b")).policy == PolicyChoice("prefix")
+
+
+@pytest.mark.parametrize("policy", ["argmax", "tetris"])
+def test_a_biased_simulation_is_refused_or_labelled(
+    policy: str, inputs: tuple[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    toy_trace(4, mode="rejection").write(tmp_path / "sampled")
+    flags = ("simulate", str(tmp_path / "sampled"), "--cost", inputs[1], "--policy", policy)
+    assert "looks at sampled tokens" in refused(capfd, *flags)
+    assert run(*flags, "--allow-biased", "--out", str(tmp_path / "twin")) == 0
+    assert Trace.read(tmp_path / "twin").config["biased"] is True
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -129,7 +232,27 @@ def test_block_size_is_the_replayed_one(inputs: tuple[str, str], tmp_path: Path)
         (("simulate", "{trace}"), "--cost"),
         (("simulate", "{trace}", "--cost", "{cost}", "--users", "3"), "--users"),
         (("simulate", "{trace}", "--cost", "{cost}", "--concurrency", "many"), "many"),
-        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "oracle"), "oracle"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "magic"), "magic"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "threshold", "--threshold", "2"), "threshold is 2.0"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "lagged", "--lag", "0"), "lag is 0"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "tetris", "--capacity", "0"), "capacity is 0"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "table", "--table", "4-7"), "has the part '4-7'"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "table", "--table", "4:7,"), "has the part ''"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "table", "--table", "4:x"), "has the part '4:x'"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "table", "--table", "4:7,4:3"), "numbers that rise"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--policy", "table", "--table", "4:-1"), "negative verify_len"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--out", "{cost}"), "is a file; give a folder"),
+        (("record", "--policy", "magic"), "magic"),
+        (("record", "--mode", "random"), "random"),
+        (("record", "--confidence", "sure"), "sure"),
+        (("record", "--confidence", "margin"), "give --margin, made by `dspark-sim fit-margin`"),
+        (("record", "--margin", "{cost}"), "add --confidence margin"),
+        (("record", "--confidence", "top1", "--margin", "{cost}"), "confidence is top1; add --confidence margin"),
+        (("record", "--confidence", "margin", "--margin", "{none}"), "no margin file at"),
+        (("record", "--confidence", "margin", "--margin", "{cost}"), "is not a margin file"),
+        (("profile", "--confidence", "margin"), "give --margin"),
+        (("fit-margin", "--concurrency", "0"), "num_users is 0"),
+        (("verify", "--slow"), "--slow"),
         (("simulate", "{trace}", "--cost", "{cost}", "--concurrency", "0"), "num_users is 0"),
         (("simulate", "{trace}", "--cost", "{cost}", "--rate", "-1"), "rate is -1.0"),
         (("simulate", "{trace}", "--cost", "{cost}", "--num-requests", "0"), "num_requests is 0"),
@@ -228,3 +351,84 @@ def test_a_prompt_that_does_not_fit_is_one_line(tmp_path: Path, capfd: pytest.Ca
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "shorten the prompt" in lines[0]
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.model
+def test_a_mode_that_does_not_go_with_the_temperature_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("record", "--mode", "rejection", "--per-domain", "1", "--out", str(tmp_path / "trace"))
+    assert run(*flags, "--drafter", "none") == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "mode rejection does not go with temperature 0.0; use greedy with 0" in lines[0]
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.model
+def test_fit_margin_writes_a_file_that_record_reads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    margin, rows = tmp_path / "margin.json", tmp_path / "rows.json"
+    small = ("--drafter", "dflash", "--per-domain", "1", "--max-tokens", "12")
+    assert run("fit-margin", *small, "--out", str(margin), "--json", str(rows)) == 0
+    printed = capfd.readouterr().out
+    values = {row["metric"]: row["value"] for row in json.loads(rows.read_text())["rows"]}
+    assert list(values) == [
+        *("intercept", "slope", "num_observations", "acceptance", "brier", "brier_constant", "auc"),
+    ]
+    assert [line.split()[0] for line in printed.splitlines()[2:9]] == list(values)
+    document = json.loads(margin.read_text())
+    assert document["slope"] == values["slope"] > 0 and document["drafter"] == "dflash"
+    trace = tmp_path / "trace"
+    flags = ("record", *small, "--policy", "threshold", "--confidence", "margin", "--margin", str(margin))
+    assert run(*flags, "--max-tokens", "4", "--out", str(trace)) == 0
+    assert Trace.read(trace).config["has_confidence"] is True
+    capfd.readouterr()
+    assert run(*flags, "--drafter", "dspark", "--out", str(trace)) == 2
+    assert "was fitted to drafter dflash and this one is dspark" in capfd.readouterr().err
+    assert run("fit-margin", "--drafter", "ngram") == 2
+    assert "error: drafter ngram has no logits" in capfd.readouterr().err
+
+
+# ---- verify ---------------------------------------------------------------------------------------------------------
+
+
+def checks(*statuses: str) -> pd.DataFrame:
+    rows = [
+        {
+            **{"group": "laws", "case": f"case {number}", "num_cases": 10 + number, "found": "TV 0", "wanted": "0"},
+            **{"status": status, "seconds": 0.25},
+        }
+        for number, status in enumerate(statuses)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code", "last"),
+    [
+        (("pass", "pass", "info"), 0, "2 checks, 21 comparisons: all passed"),
+        (("pass", "FAIL", "FAIL"), 1, "3 checks, 33 comparisons: failed: laws: case 1; laws: case 2"),
+    ],
+)
+def test_verify_prints_every_check_and_fails_when_one_does(
+    statuses: tuple[str, ...],
+    code: int,
+    last: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torch")
+    from dspark_sim.exactness import battery
+
+    asked = []
+    monkeypatch.setattr(battery, "run", lambda quick: asked.append(quick) or checks(*statuses))
+    rows = tmp_path / "rows.json"
+    assert run("verify", "--quick", "--json", str(rows)) == code
+    assert asked == [True]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["group", "case", "cases", "found", "wanted", "status"]
+    assert lines[2].split() == ["laws", "case", "0", "10", "TV", "0", "0", "pass"]
+    assert lines[-1] == last
+    written = json.loads(rows.read_text())["rows"]
+    assert list(written[0]) == ["group", "case", "num_cases", "found", "wanted", "status", "seconds"]
+    assert [row["status"] for row in written] == list(statuses)

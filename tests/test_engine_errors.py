@@ -11,11 +11,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import dspark_sim  # noqa: E402
+from dspark_sim.api import record  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
+from dspark_sim.engine.drafters.choose import Confidence  # noqa: E402
+from dspark_sim.engine.executor import TorchExecutor  # noqa: E402
 from dspark_sim.engine.models import Target, load_target  # noqa: E402
+from dspark_sim.engine.sampling import SamplingParams  # noqa: E402
 from dspark_sim.engine.serve import Engine  # noqa: E402
 from dspark_sim.errors import UserError  # noqa: E402
 from dspark_sim.policy import Fixed, PrefixScheduler  # noqa: E402
+from dspark_sim.policy_ranked import ConfidenceThreshold, GlobalArgmax, Oracle, Tetris  # noqa: E402
 from dspark_sim.workload import ClosedLoop, Prompt, bundled_prompts  # noqa: E402
 
 BUNDLED = Path(dspark_sim.__file__).parent / "drafters" / "dspark"
@@ -160,10 +165,60 @@ def test_prefix_scheduler_needs_a_table_of_this_machine(engine):
     _refused(_record(engine, PrefixScheduler(strange)), "977")
 
 
+MISMATCHES = [("greedy", 0.7), ("rejection", 0.0), ("coupled", 0.0), ("target_match", 0.0), ("block", 0.0)]
+
+
+@pytest.mark.parametrize(("mode", "temperature"), MISMATCHES)
+def test_mode_and_temperature_go_together(mode, temperature):
+    # It is the first thing an executor looks at.
+    _refused(
+        lambda: TorchExecutor(None, None, {}, None, mode, SamplingParams(temperature)),
+        f"mode {mode} does not go with temperature {temperature}; use greedy with 0 and rejection",
+    )
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"mode": "rejection"}])
-def test_mode_and_temperature_go_together(engine, options):
+def test_a_run_whose_mode_and_temperature_do_not_go_together(engine, options):
     _refused(_record(engine, **options), "temperature", "greedy", "rejection")
+
+
+SAMPLED = {"mode": "rejection", "temperature": 1.0, "max_tokens": 4}
+
+
+@pytest.mark.model
+def test_policies_that_look_at_sampled_tokens(engine):
+    argmax = GlobalArgmax(CostModel(verify=Curve(), provenance=engine.hardware))
+    for mode in ("rejection", "block"):
+        for policy in (Tetris(2), argmax):
+            said = f"policy {policy.label()} looks at sampled tokens, which biases the output under mode {mode}"
+            _refused(_record(engine, policy, **{**SAMPLED, "mode": mode}), said, "--allow-biased")
+    strange = GlobalArgmax(CostModel(verify=Curve(), provenance={**engine.hardware, "num_threads": 977}))
+    _refused(_record(engine, strange), "977")
+    for options in ({"mode": "coupled", "temperature": 1.0}, {}):
+        assert _record(engine, Tetris(2), PROMPTS[:1], max_tokens=3, **options)().config["biased"] is False
+
+
+@pytest.mark.model
+def test_a_negative_control_runs_and_is_labelled_and_has_no_anchors(engine):
+    trace = record(
+        PROMPTS[:1], policy=Tetris(2), concurrency=1, allow_biased=True, engine=engine, progress=False, **SAMPLED
+    )
+    assert trace.config["biased"] is True and len(trace.anchors) == 0
+    _refused(lambda: engine.anchors(trace), "biased negative control", "record again")
+
+
+@pytest.mark.model
+def test_what_only_a_simulation_knows(engine):
+    oracle = Oracle(CostModel(verify=Curve(), provenance=engine.hardware))
+    _refused(_record(engine, oracle), "the policy needs accept_prob", "only a simulation of a recording knows it")
+
+
+@pytest.mark.model
+def test_lookup_has_no_confidence_from_any_source(engine):
+    for kind in ("head", "top1"):
+        lookup = engine.with_drafter("ngram", Confidence(kind))
+        _refused(_record(lookup, ConfidenceThreshold(0.5)), "needs confidence estimates", "this drafter gives none")
 
 
 @pytest.mark.model
@@ -172,7 +227,10 @@ def test_more_users_than_slots(engine):
 
 
 @pytest.mark.model
-def test_dense_anchors_need_greedy_outputs_and_a_drafter(engine):
-    trace = _record(engine, prompts=PROMPTS[:1], max_tokens=2, mode="rejection", temperature=1.0)()
-    _refused(lambda: engine.anchors(trace), "greedy", "rejection")
+def test_dense_anchors_need_a_mode_that_replays_and_a_drafter(engine):
+    trace = _record(engine, prompts=PROMPTS[:1], **{**SAMPLED, "mode": "block"})()
+    _refused(lambda: engine.anchors(trace), "block verification cannot be replayed", "mode rejection")
     _refused(lambda: engine.with_drafter("none").anchors(trace), "drafter")
+    for foreign in ({**trace.config, "target": "my-own-target"}, {}):
+        trace.config = foreign
+        _refused(lambda: engine.anchors(trace), "smollm2-135m-instruct", str(foreign.get("target")))

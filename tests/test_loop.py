@@ -3,9 +3,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from toy import toy_cost
 
-from dspark_sim.loop import DecodeLoop, DraftBatch, Prefilled, Verification
-from dspark_sim.policy import Fixed, Information, LoadView
+from dspark_sim.errors import UserError
+from dspark_sim.loop import DecodeLoop, DraftBatch, Prefilled, Verification, survival_of
+from dspark_sim.policy import Fixed, Information, LoadView, PrefixScheduler, Signal, SpeculationPolicy
+from dspark_sim.policy_ranked import GlobalArgmax, Oracle, Tetris
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.trace import TraceRecorder
@@ -17,6 +20,8 @@ class ScriptedExecutor:
 
     block_size: int = 4
     has_confidence: bool = True
+    mode: str = "greedy"
+    with_draft_prob: bool = False
     now: float = 100.0
     calls: list[str] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -37,7 +42,9 @@ class ScriptedExecutor:
         self.calls.append(f"draft {draft_len}")
         self.now += 0.1
         lens = np.array([min(draft_len, request.remaining - 1) for request in requests])
-        return DraftBatch(lens, np.full((len(requests), draft_len), 0.5), {"draft": 0.1})
+        confidence = np.full((len(requests), draft_len), 0.5)
+        prob = np.full(confidence.shape, 0.25) if self.with_draft_prob else None
+        return DraftBatch(lens, confidence, {"draft": 0.1}, draft_prob=prob)
 
     def verify(self, requests: Sequence[Request], drafts: DraftBatch, verify_lens: np.ndarray) -> Verification:
         self.calls.append("verify")
@@ -54,7 +61,9 @@ class SpyPolicy:
     """Asks for more than it may get, and remembers what it saw."""
 
     ask: int = 99
+    survivals: list[np.ndarray] = field(default_factory=list)
     information: Information = "history"
+    signal: Signal = "confidence"
     needs_confidence: bool = False
     seen: list[tuple[LoadView, list[int], list[int]]] = field(default_factory=list)
 
@@ -68,6 +77,7 @@ class SpyPolicy:
         return self.ask
 
     def verify_lens(self, load: LoadView, survival: np.ndarray) -> np.ndarray:
+        self.survivals.append(survival)
         return np.full(survival.shape[0], 99)
 
     def observe(self, load: LoadView, verify_lens: np.ndarray, num_accepted: np.ndarray) -> None:
@@ -137,3 +147,104 @@ def test_preempted_requests_are_released_and_lose_no_token() -> None:
     assert loop.recorder is not None
     emitted = loop.recorder.trace().drafts.groupby("request_id")["num_emitted"].sum()
     assert emitted.tolist() == [15, 15]
+
+
+# ---- what a policy may look at --------------------------------------------------------------------------------------
+
+COST = toy_cost()
+
+
+def server(policy: SpeculationPolicy, executor: ScriptedExecutor, allow_biased: bool = False) -> DecodeLoop:
+    return DecodeLoop(executor, Scheduler(SchedulerConfig(), 4), policy, allow_biased=allow_biased)
+
+
+@pytest.mark.parametrize("mode", ["rejection", "block"])
+@pytest.mark.parametrize("policy", [GlobalArgmax(COST), Tetris(8), SpyPolicy(information="sampled_token")])
+def test_a_policy_that_would_bias_the_output_is_refused(policy: SpeculationPolicy, mode: str) -> None:
+    executor = ScriptedExecutor(mode=mode)
+    with pytest.raises(UserError) as caught:
+        server(policy, executor)
+    assert str(caught.value) == (
+        f"policy {policy.label()} looks at sampled tokens, which biases the output under mode {mode}; "
+        "use greedy, coupled or target_match, or --allow-biased for a negative control"
+    )
+    assert server(policy, executor, allow_biased=True).biased is True
+
+
+@pytest.mark.parametrize("mode", ["greedy", "coupled", "target_match"])
+def test_a_policy_may_look_where_the_target_chooses_its_own_tokens(mode: str) -> None:
+    for allow_biased in (False, True):
+        assert server(GlobalArgmax(COST), ScriptedExecutor(mode=mode), allow_biased).biased is False
+
+
+@pytest.mark.parametrize("policy", [Fixed(2), PrefixScheduler(COST), Oracle(COST)])
+def test_what_biases_nothing_runs_under_rejection(policy: SpeculationPolicy) -> None:
+    for allow_biased in (False, True):
+        assert server(policy, ScriptedExecutor(mode="rejection"), allow_biased).biased is False
+
+
+def test_an_allowed_bias_runs() -> None:
+    executor = ScriptedExecutor(mode="rejection", with_draft_prob=True)
+    loop = server(Tetris(3), executor, allow_biased=True)
+    for request_id in range(2):
+        loop.submit(Request(request_id, "p", "toy", 6, 9))
+    while loop.has_work:
+        loop.step(0.0)
+    assert [request.num_generated for request in loop.finished] == [9, 9]
+    assert executor.calls[:3] == ["prefill", "draft 4", "verify"]
+
+
+def test_confidences_that_nobody_estimates_are_refused() -> None:
+    with pytest.raises(UserError, match="policy prefix needs confidence estimates and this drafter gives none; use a"):
+        server(PrefixScheduler(COST), ScriptedExecutor(has_confidence=False))
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (Tetris(8), "the policy needs draft_prob, which this run does not have; choose another policy"),
+        (
+            Oracle(COST),
+            "the policy needs accept_prob, which this run does not have; only a simulation of a recording knows it",
+        ),
+    ],
+)
+def test_a_signal_that_the_executor_does_not_give_is_one_sentence(policy: SpeculationPolicy, said: str) -> None:
+    loop = server(policy, ScriptedExecutor())
+    loop.submit(Request(0, "p", "toy", 6, 9))
+    loop.step(0.0)
+    with pytest.raises(UserError) as caught:
+        loop.step(0.0)
+    assert str(caught.value) == said
+
+
+def test_survival_is_of_the_signal_that_the_policy_names() -> None:
+    batch = DraftBatch(
+        np.array([3, 1]),
+        np.full((2, 3), 0.5),
+        draft_prob=np.full((2, 3), 0.8),
+        accept_prob=np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
+    )
+    assert survival_of(batch).tolist() == [[0.5, 0.25, 0.125], [0.5, 0.0, 0.0]]
+    assert survival_of(batch, "draft_prob") == pytest.approx(np.array([[0.8, 0.64, 0.512], [0.8, 0.0, 0.0]]))
+    assert survival_of(batch, "accept_prob").tolist() == [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    policy = SpyPolicy(signal="draft_prob")
+    loop = server(policy, ScriptedExecutor(with_draft_prob=True))
+    loop.submit(Request(0, "p", "toy", 6, 9))
+    loop.step(0.0)
+    loop.step(0.0)
+    assert policy.survivals[0].tolist() == [[0.25, 0.0625, 0.015625, 0.00390625]]
+
+
+def test_a_round_without_drafts_needs_no_signal() -> None:
+    loop = server(SpyPolicy(ask=0, signal="accept_prob"), ScriptedExecutor())
+    loop.submit(Request(0, "p", "toy", 6, 2))
+    while loop.has_work:
+        loop.step(0.0)
+    assert loop.finished[0].num_generated == 2
+
+
+def test_policies_are_told_who_is_running() -> None:
+    policy = SpyPolicy()
+    drive(policy, [3, 8])
+    assert [load.request_ids for load, _, _ in policy.seen] == [(0, 1), (1,)]

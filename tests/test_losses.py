@@ -12,11 +12,11 @@ from dspark_sim.engine.attention import ATTENTION_NAME, RaggedBatch, register_at
 from dspark_sim.engine.drafters import SequenceState  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig  # noqa: E402
+from dspark_sim.engine.drafters.choose import DraftRule  # noqa: E402
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target  # noqa: E402
 from dspark_sim.engine.drafters.heads import greedy, run_head  # noqa: E402
 from dspark_sim.engine.kv_cache import SlotCache  # noqa: E402
 from dspark_sim.engine.models import Target  # noqa: E402
-from dspark_sim.engine.sampling import SamplingParams  # noqa: E402
 from dspark_sim.engine.timing import SpanTimer  # noqa: E402
 from dspark_sim.training.losses import dspark_loss  # noqa: E402
 
@@ -176,7 +176,7 @@ def test_the_dense_pass_equals_the_ragged_drafter(target, draft_vocab_size, mark
     rng = np.random.default_rng(3)
     sequences = [rng.integers(0, VOCABULARY, length) for length in (20, 26)]
     features = [dense_target(target, torch.from_numpy(s)[None], drafter.feature_layers)[1][0] for s in sequences]
-    slots, params, timer = np.array([2, 0]), SamplingParams(), SpanTimer(target.device)
+    slots, rule, timer = np.array([2, 0]), DraftRule(), SpanTimer(target.device)
     done = np.array([0, 0])
     # Committed tokens arrive in uneven pieces; blocks written behind the context are overwritten by it.
     for lens in ([3, 8], [1, 4], [5, 1], [2, 2]):
@@ -187,7 +187,7 @@ def test_the_dense_pass_equals_the_ragged_drafter(target, draft_vocab_size, mark
             SequenceState(row, 1, sequence[: at + 1].tolist(), int(slots[row]))
             for row, (sequence, at) in enumerate(zip(sequences, done, strict=True))
         ]
-        drafted = drafter.draft(states, 4, np.array([9, 2]), params, timer)
+        drafted = drafter.draft(states, 4, np.array([9, 2]), rule, timer)
         ragged_hidden = hidden_seen.pop().view(2, 4, -1)
         assert drafted.lens.tolist() == [4, 2]
         for row, (sequence, at) in enumerate(zip(sequences, done, strict=True)):
@@ -202,7 +202,7 @@ def test_the_dense_pass_equals_the_ragged_drafter(target, draft_vocab_size, mark
             if draft_vocab_size:
                 assert np.isin(drafted.tokens[row], network.draft_token_ids.numpy()).all()
         # A shorter draft is the start of a longer one.
-        shorter = drafter.draft(states, 2, np.array([9, 9]), params, timer)
+        shorter = drafter.draft(states, 2, np.array([9, 9]), rule, timer)
         hidden_seen.clear()
         assert shorter.tokens.tolist() == drafted.tokens[:, :2].tolist()
 

@@ -8,10 +8,17 @@ from scipy import stats
 
 torch = pytest.importorskip("torch")
 
-from dspark_sim.engine.sampling import SamplingParams, draw, keyed_uniform, probabilities  # noqa: E402
+from dspark_sim.engine.sampling import (  # noqa: E402
+    SamplingParams,
+    draw,
+    keyed_exponential,
+    keyed_uniform,
+    probabilities,
+    race,
+)
 from dspark_sim.errors import UserError  # noqa: E402
 
-PURPOSES = ("draft", "accept", "residual", "bonus")
+PURPOSES = ("draft", "accept", "residual", "bonus", "gumbel", "replay_draft", "replay_accept")
 
 
 @given(
@@ -134,3 +141,36 @@ def test_a_token_without_weight_is_never_drawn(seed, zeros, scale):
     tokens = draw(torch.from_numpy(weights).expand(len(uniforms), -1), uniforms).numpy()
     assert (weights[tokens] > 0).all()
     assert tokens[-1] == np.flatnonzero(weights)[-1]
+
+
+def test_slots_of_a_block_are_uniform_and_uncorrelated():
+    u = keyed_uniform(0, np.arange(4000)[:, None], 17, "draft", np.arange(6))
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
+    correlation = np.corrcoef(u.T)
+    assert np.abs(correlation[~np.eye(6, dtype=bool)]).max() < 4.5 / np.sqrt(4000)
+
+
+def test_noise_is_exponential_and_keyed_by_token():
+    ids = torch.arange(50)
+    noise = keyed_exponential(3, np.arange(400), np.full(400, 9), ids)
+    assert stats.kstest(noise.numpy().ravel(), "expon").pvalue > 1e-3
+    assert torch.equal(keyed_exponential(3, np.arange(400), np.full(400, 9), ids[7::3]), noise[:, 7::3])
+    assert torch.equal(keyed_exponential(3, np.array([5]), np.array([9]), ids)[0], noise[5])
+    correlation = np.corrcoef(noise[:, :12].numpy().T)
+    assert np.abs(correlation[~np.eye(12, dtype=bool)]).max() < 4.5 / np.sqrt(400)
+
+
+def test_a_race_draws_from_the_law_and_couples_two_laws():
+    """The winner has the law of its probabilities; two racers meet between (1 - TV)/(1 + TV) and 1 - TV."""
+    num = 40_000
+    rng = np.random.default_rng(2)
+    p, q = (torch.from_numpy(rng.dirichlet(np.ones(5))) for _ in range(2))
+    noise = keyed_exponential(0, np.arange(num), np.full(num, 4), torch.arange(5))
+    first, second = race(p.expand(num, -1), noise), race(q.expand(num, -1), noise)
+    for law, winner in ((p, first), (q, second)):
+        counts = np.bincount(winner.numpy(), minlength=5)
+        assert stats.chisquare(counts, num * law.numpy()).pvalue > 1e-3
+    distance = 0.5 * (p - q).abs().sum().item()
+    met = (first == second).double().mean().item()
+    error = 4 / np.sqrt(num)
+    assert (1 - distance) / (1 + distance) - error < met < 1 - distance + error

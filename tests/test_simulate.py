@@ -2,15 +2,18 @@ from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import Round, ToyRecording, algorithm_1, constant_cost, toy_cost, toy_trace
 
+from dspark_sim.analysis.metrics import summary
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
-from dspark_sim.policy import Fixed, Policy, PrefixScheduler
+from dspark_sim.policy import Fixed, PrefixScheduler, SpeculationPolicy
+from dspark_sim.policy_ranked import GlobalArgmax, Oracle, Tetris
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.simulate import RecordedAnchors, ReplayExecutor, simulate
@@ -112,7 +115,7 @@ def test_prefix_replay_of_a_batch_is_algorithm_1_and_the_oracle(num_users: int) 
 
 
 @pytest.mark.parametrize("policy", [Fixed(0), Fixed(3), PrefixScheduler(COST)])
-def test_tokens_are_conserved_with_and_without_preemption(policy: Policy) -> None:
+def test_tokens_are_conserved_with_and_without_preemption(policy: SpeculationPolicy) -> None:
     recorded = toy_trace(6, acceptance=0.7, seed=5)
     limits = SchedulerConfig(max_num_seqs=6, num_pages=20, page_size=4)
     for scheduler in (None, limits):
@@ -125,6 +128,76 @@ def test_tokens_are_conserved_with_and_without_preemption(policy: Policy) -> Non
         assert (run.drafts["verify_len"] <= run.drafts["draft_len"]).all()
         assert (requests["num_preemptions"].sum() > 0) == (scheduler is not None)
     assert run.steps["kv_usage"].max() <= 1
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(1, 7), st.sampled_from(["coupled", "target_match"]))
+def test_a_sampled_recording_replays_every_request_by_its_own_rows(
+    seed: int, verify_len: int, num_users: int, mode: str
+) -> None:
+    """Two requests ask the same prompt and got different answers; ten are replayed, in recorded order."""
+    recorded = toy_trace(4, 14, acceptance=0.7, seed=seed, copies=2, mode=mode)
+    oracle = ToyRecording(recorded)
+    assert oracle.requests["toy-0#0"]["output_tokens"] != oracle.requests["toy-0#4"]["output_tokens"]
+    run = simulate(recorded, Fixed(verify_len), ClosedLoop(num_users), COST, num_requests=10)
+    assert (run.config["mode"], run.config["biased"]) == (mode, False)
+    rounds = rounds_of(run)
+    for request in run.requests.itertuples():
+        key = f"{request.prompt_id}#{request.request_id % 8}"
+        width = min(5, verify_len)
+        assert rounds[request.request_id] == oracle.walk(key, width, lambda _, c: verify_len)
+        assert request.output_len == oracle.requests[key]["output_len"]
+
+
+# ---- policies that know more than they should -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_users", [1, 4, 8])
+def test_the_oracle_is_an_upper_bound_in_expectation(num_users: int) -> None:
+    gains = []
+    for seed in range(6):
+        recorded = toy_trace(8, acceptance=(0.9, 0.8, 0.6, 0.5, 0.3), seed=seed)
+        knows, estimates = (
+            summary(simulate(recorded, policy, ClosedLoop(num_users), COST, num_requests=24))["output_throughput"]
+            for policy in (Oracle(COST), PrefixScheduler(COST))
+        )
+        gains.append(np.log(knows / estimates))
+    # Knowing pays by far more than the spread between recordings.
+    assert np.mean(gains) > 2 * np.std(gains, ddof=1) / np.sqrt(len(gains)) > 0
+
+
+def test_the_oracle_verifies_no_draft_that_will_be_rejected() -> None:
+    run = simulate(toy_trace(8, acceptance=0.6, seed=2), Oracle(COST), ClosedLoop(3), COST)
+    assert (run.drafts["num_accepted"] == run.drafts["verify_len"]).all()
+    assert run.drafts["verify_len"].max() > 1 and run.config["biased"] is False
+
+
+@pytest.mark.parametrize("policy", [GlobalArgmax(COST), Tetris(6)])
+def test_what_would_bias_a_live_run_is_refused_or_labelled(policy: SpeculationPolicy) -> None:
+    recorded = toy_trace(4, mode="rejection")
+    with pytest.raises(UserError, match=f"policy {policy.label()} looks at sampled tokens.*mode rejection.*--allow-b"):
+        simulate(recorded, policy, ClosedLoop(2), COST)
+    run = simulate(recorded, policy, ClosedLoop(2), COST, allow_biased=True)
+    assert run.config["biased"] is True
+    for mode in ("greedy", "coupled", "target_match"):
+        run = simulate(toy_trace(4, mode=mode), policy, ClosedLoop(2), COST, allow_biased=True)
+        assert run.config["biased"] is False
+    # True acceptance probabilities are nothing that a server could look at.
+    assert simulate(recorded, Oracle(COST), ClosedLoop(2), COST).config["biased"] is False
+
+
+@pytest.mark.parametrize(
+    ("policy", "column", "remedy"),
+    [(Tetris(6), "draft_prob", "choose another policy"), (Oracle(COST), "accept_prob", "only a simulation of a rec")],
+)
+def test_a_signal_that_was_not_recorded_is_one_sentence(policy: SpeculationPolicy, column: str, remedy: str) -> None:
+    recorded = toy_trace(4)
+    anchors = recorded.tables["anchors"]
+    place = anchors.schema.get_field_index(column)
+    nothing = pa.nulls(anchors.num_rows, anchors.schema.field(column).type)
+    without = recorded.with_anchors(anchors.set_column(place, column, nothing))
+    with pytest.raises(UserError, match=f"^the policy needs {column}, which this run does not have; {remedy}"):
+        simulate(without, policy, ClosedLoop(2), COST)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -257,6 +330,9 @@ def test_restriction_cuts_every_row() -> None:
     assert (cut.block_size, cut.draft_tokens.shape[1], cut.confidence.shape[1]) == (2, 2, 2)
     assert (cut.num_accepted == np.minimum(anchors.num_accepted, 2)).all()
     assert (cut.num_accepted <= cut.draft_len).all()
+    for name in ("accept_prob", "draft_prob"):
+        whole = getattr(anchors, name)
+        assert whole is not None and (getattr(cut, name) == whole[:, :2]).all()
     for size in (-1, 6):
         with pytest.raises(UserError, match=f"block_size is {size} but the anchors were recorded with 5"):
             anchors.restricted(size)

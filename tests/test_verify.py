@@ -12,7 +12,7 @@ from scipy import stats
 torch = pytest.importorskip("torch")
 
 from dspark_sim.engine.sampling import SamplingParams, draw, keyed_uniform  # noqa: E402
-from dspark_sim.engine.verify import accept_greedy, accept_rejection, cut  # noqa: E402
+from dspark_sim.engine.verify import SampledRound, accept_block, accept_matching, accept_rejection, cut  # noqa: E402
 
 GAMMA = 2
 NUM_REQUESTS = 40_000
@@ -32,7 +32,7 @@ def greedy_rounds(draw_):
 @given(greedy_rounds())
 def test_greedy_equals_brute_force(case):
     drafted, lens, target = case
-    accepted, following = accept_greedy(drafted, lens, target)
+    accepted, following = accept_matching(drafted, lens, target)
     for row in range(len(lens)):
         count = 0
         while count < lens[row] and drafted[row, count] == target[row, count]:
@@ -67,7 +67,9 @@ class World:
         return joint.ravel()
 
 
-def _decode(world: World, *, drafts: str, judged: str, draft_vocabulary: np.ndarray | None = None) -> np.ndarray:
+def _decode(
+    world: World, *, drafts: str, judged: str, draft_vocabulary: np.ndarray | None = None, rule=accept_rejection
+) -> np.ndarray:
     """Decode γ+1 tokens of every request in speculative rounds; returns [R, γ+1].
 
     `drafts` is how they are chosen (sample or argmax), `judged` what the rule is told (probs or point).
@@ -87,7 +89,7 @@ def _decode(world: World, *, drafts: str, judged: str, draft_vocabulary: np.ndar
         for depth in range(GAMMA):
             inside = [path if len(path) <= GAMMA else () for path in ahead]
             law = torch.tensor(np.array([world.drafter[path][ids] for path in inside]), dtype=torch.float32)
-            u = keyed_uniform(PARAMS.seed, waiting, positions + 1 + depth, "draft")
+            u = keyed_uniform(PARAMS.seed, waiting, positions, "draft", depth)
             index = draw(law, u) if drafts == "sample" else law.argmax(dim=-1)
             laws[:, depth], drafted[:, depth] = law.numpy(), ids[index.numpy()]
             ahead = [(*path, int(token)) for path, token in zip(ahead, drafted[:, depth], strict=True)]
@@ -96,7 +98,7 @@ def _decode(world: World, *, drafts: str, judged: str, draft_vocabulary: np.ndar
             for path, row, length in zip(paths, drafted.tolist(), lens, strict=True)
             for k in range(length + 1)
         ]
-        accepted, following = accept_rejection(
+        judged_round = SampledRound(
             drafted,
             lens,
             torch.tensor(np.array(rows), dtype=torch.float32),
@@ -107,6 +109,7 @@ def _decode(world: World, *, drafts: str, judged: str, draft_vocabulary: np.ndar
             positions,
             PARAMS,
         )
+        accepted, following = rule(judged_round)
         for r, row, count, last in zip(waiting, drafted.tolist(), accepted, following, strict=True):
             outputs[r] += [*row[:count], int(last)]
     return np.array(outputs)
@@ -138,23 +141,29 @@ def test_the_chi_square_test_has_the_stated_power():
     assert stats.ncx2.sf(critical, degrees, noncentrality) > 0.98
 
 
+RULES = pytest.mark.parametrize("rule", [accept_rejection, accept_block])
+
+
+@RULES
 @pytest.mark.parametrize("seed", range(3))
-def test_rejection_has_the_law_of_the_target(seed):
+def test_the_rules_have_the_law_of_the_target(seed, rule):
     world = World.random(3, seed)
-    assert _p_value(world, _decode(world, drafts="sample", judged="probs")) > LEVEL
+    assert _p_value(world, _decode(world, drafts="sample", judged="probs", rule=rule)) > LEVEL
 
 
+@RULES
 @pytest.mark.parametrize("outside", [(1,), (0, 3)])
-def test_rejection_with_a_draft_vocabulary_has_the_law_of_the_target(outside):
+def test_a_draft_vocabulary_keeps_the_law_of_the_target(outside, rule):
     world = World.random(4, 11, outside)
     ids = np.array([token for token in range(4) if token not in outside])
-    outputs = _decode(world, drafts="sample", judged="probs", draft_vocabulary=ids)
+    outputs = _decode(world, drafts="sample", judged="probs", draft_vocabulary=ids, rule=rule)
     assert _p_value(world, outputs) > LEVEL
 
 
-def test_deterministic_drafts_have_the_law_of_the_target():
+@RULES
+def test_deterministic_drafts_have_the_law_of_the_target(rule):
     world = World.random(3, 21)
-    assert _p_value(world, _decode(world, drafts="argmax", judged="point")) > LEVEL
+    assert _p_value(world, _decode(world, drafts="argmax", judged="point", rule=rule)) > LEVEL
 
 
 def test_greedy_drafts_judged_as_if_sampled_are_found_out():
@@ -169,20 +178,40 @@ def test_sampled_drafts_judged_as_point_masses_keep_the_law():
     assert _p_value(world, _decode(world, drafts="sample", judged="point")) > LEVEL
 
 
-def test_equal_laws_accept_everything_and_disjoint_laws_nothing():
+@RULES
+def test_equal_laws_accept_everything_and_disjoint_laws_nothing(rule):
     law = torch.tensor([0.5, 0.5, 0.0, 0.0])
     keys = np.arange(500)
     drafted = np.zeros((500, 1), dtype=np.int64)
     for target, accepted in ((law, 1), (law.flip(0), 0)):
         rows = target.expand(1000, -1)
-        count, token = accept_rejection(
-            drafted, np.ones(500, dtype=np.int64), rows, 2 * keys, law.expand(500, 1, -1), None, keys, keys * 0, PARAMS
+        ones = np.ones(500, dtype=np.int64)
+        count, token = rule(
+            SampledRound(drafted, ones, rows, 2 * keys, law.expand(500, 1, -1), None, keys, keys * 0, PARAMS)
         )
         assert (count == accepted).all()
         assert (target[torch.from_numpy(token)] > 0).all()
 
 
-def test_a_request_keeps_its_outcome_in_every_batch():
+def test_block_verification_accepts_more():
+    """On random laws, and never less than the known bound of one: Sun et al., theorem 2."""
+    rng = np.random.default_rng(3)
+    num, width, size = 4000, 4, 6
+    lens = np.full(num, width)
+    laws = rng.dirichlet(np.ones(size), (num, width))
+    drafted = (laws.cumsum(axis=-1) < rng.random((num, width, 1))).sum(axis=-1).clip(0, size - 1)
+    rows = rng.dirichlet(np.ones(size), (num, width + 1)).reshape(-1, size)
+    keys = np.arange(num)
+    round_ = SampledRound(
+        drafted, lens, torch.from_numpy(rows), keys * (width + 1), torch.from_numpy(laws), None, keys, keys * 0, PARAMS
+    )
+    by_block, by_token = accept_block(round_)[0], accept_rejection(round_)[0]
+    gain = by_block - by_token
+    assert gain.mean() > 3 * gain.std() / np.sqrt(num)
+
+
+@RULES
+def test_a_request_keeps_its_outcome_in_every_batch(rule):
     rng = np.random.default_rng(0)
     num, width, size = 12, 3, 5
     lens = rng.integers(0, width + 1, num)
@@ -194,16 +223,18 @@ def test_a_request_keeps_its_outcome_in_every_batch():
     def outcome(chosen):
         rows = torch.cat([probs[r, : lens[r] + 1] for r in chosen])
         starts = np.cumsum(lens[chosen] + 1) - (lens[chosen] + 1)
-        return accept_rejection(
-            drafted[chosen],
-            lens[chosen],
-            rows,
-            starts,
-            laws[torch.from_numpy(chosen)],
-            None,
-            ids[chosen],
-            positions[chosen],
-            PARAMS,
+        return rule(
+            SampledRound(
+                drafted[chosen],
+                lens[chosen],
+                rows,
+                starts,
+                laws[torch.from_numpy(chosen)],
+                None,
+                ids[chosen],
+                positions[chosen],
+                PARAMS,
+            )
         )
 
     whole = np.stack(outcome(np.arange(num)), axis=1)

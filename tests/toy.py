@@ -43,19 +43,24 @@ def toy_trace(
     ragged: bool = False,
     confidence: bool = True,
     copies: int = 1,
+    mode: str = "greedy",
 ) -> Trace:
     """A recorded trace with anchors.
 
     `acceptance` is P(draft k right | all before right), one number or one per depth. With `ragged` the drafter finds
-    0 to γ tokens. Every prompt is requested `copies` times. Outputs are up to `output_len` tokens, prompt 1 has one.
+    0 to γ tokens. Every prompt is requested `copies` times: with the same output in mode greedy, with others else.
+    Outputs are up to `output_len` tokens, prompt 1 has one. `accept_prob` is 0 or 1 in mode greedy, else `acceptance`;
+    `draft_prob` is random.
     """
     rng = np.random.default_rng(seed)
+    # A generator of its own: the other columns are what they were without it.
+    draft_rng = np.random.default_rng((seed, 1))
     chance = np.broadcast_to(np.asarray(acceptance, dtype=float), (block_size,))
     requests: list[dict[str, Any]] = []
     anchors: list[dict[str, Any]] = []
     for request_id in range(num_prompts * copies):
         prompt = request_id % num_prompts
-        if request_id >= num_prompts:
+        if request_id >= num_prompts and mode == "greedy":
             requests.append({**requests[prompt], "request_id": request_id})
             continue
         stops = prompt % 2 == 1
@@ -64,6 +69,8 @@ def toy_trace(
         if stops:
             tokens[-1] = EOS
         prompt_len = int(rng.integers(1, 30))
+        if request_id >= num_prompts:
+            prompt_len = requests[prompt]["prompt_len"]
         requests.append(
             {
                 **{"request_id": request_id, "prompt_id": f"toy-{prompt}", "domain": "toy", "arrival": 0.0},
@@ -76,51 +83,57 @@ def toy_trace(
             future = tokens[i + 1 : i + 1 + block_size]
             draft = rng.integers(0, VOCABULARY, block_size).tolist()
             for k, token in enumerate(future):
-                right = rng.random() < chance[k]
-                draft[k] = token if right else int((token + rng.integers(1, VOCABULARY)) % VOCABULARY)
+                hit = rng.random() < chance[k]
+                draft[k] = token if hit else int((token + rng.integers(1, VOCABULARY)) % VOCABULARY)
             draft = draft[: int(rng.integers(0, block_size + 1)) if ragged else block_size]
             agree = [left == right for left, right in zip(draft, future, strict=False)]
+            right = [*map(float, agree), *[0.0] * (len(draft) - len(agree))]
             anchors.append(
                 {
                     **{"request_id": request_id, "position": prompt_len + i, "draft_tokens": draft},
                     "confidence": np.clip(chance + rng.normal(0, 0.1, block_size), 0.01, 0.99)[: len(draft)].tolist()
                     if confidence
                     else [float("nan")] * len(draft),
+                    "accept_prob": right if mode == "greedy" else chance[: len(draft)],
+                    "draft_prob": draft_rng.uniform(0.1, 1.0, len(draft)),
                     "num_accepted": agree.index(False) if False in agree else len(agree),
                 }
             )
     tables = {name: schema.empty_table() for name, schema in SCHEMAS.items()}
     tables["requests"] = pa.Table.from_pylist(requests, schema=SCHEMAS["requests"])
     tables["anchors"] = pa.Table.from_pylist(anchors, schema=SCHEMAS["anchors"])
-    return Trace(tables, "wall", {"block_size": block_size, "has_confidence": confidence})
+    return Trace(tables, "wall", {"block_size": block_size, "has_confidence": confidence, "mode": mode})
 
 
 class ToyRecording:
-    """The tokens and confidences of a toy trace by prompt, for the oracle."""
+    """The tokens and confidences of a toy trace by prompt (sampled ones: by prompt and request), for the oracle."""
 
     def __init__(self, trace: Trace) -> None:
         self.requests: dict[str, dict[str, Any]] = {}
         self.blocks: dict[str, list[dict[str, Any]]] = {}
         owner: dict[int, str] = {}
         for request in trace.tables["requests"].to_pylist():
-            if request["prompt_id"] not in self.requests:
-                self.requests[request["prompt_id"]] = request
-                self.blocks[request["prompt_id"]] = []
-                owner[request["request_id"]] = request["prompt_id"]
+            key = request["prompt_id"]
+            if trace.config.get("mode", "greedy") != "greedy":
+                key = f"{key}#{request['request_id']}"
+            if key not in self.requests:
+                self.requests[key] = request
+                self.blocks[key] = []
+                owner[request["request_id"]] = key
         for anchor in trace.tables["anchors"].to_pylist():
             self.blocks[owner[anchor["request_id"]]].append(anchor)
 
-    def walk(self, prompt_id: str, block_size: int, choose: Callable[[int, list[float]], int]) -> list[Round]:
+    def walk(self, key: str, block_size: int, choose: Callable[[int, list[float]], int]) -> list[Round]:
         """Decode one request by comparing tokens.
 
         `choose` gets the number of the round and the confidences of the draft, and returns how many to verify.
         """
-        request = self.requests[prompt_id]
+        request = self.requests[key]
         output, max_tokens = request["output_tokens"], request["max_tokens"]
         emitted = output[:1]
         rounds: list[Round] = []
         while emitted[-1] != EOS and len(emitted) < max_tokens:
-            block = self.blocks[prompt_id][len(emitted) - 1]
+            block = self.blocks[key][len(emitted) - 1]
             room = max_tokens - len(emitted) - 1
             draft = block["draft_tokens"][:block_size][:room]
             verify_len = min(choose(len(rounds), block["confidence"][: len(draft)]), len(draft))

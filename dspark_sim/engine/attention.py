@@ -54,8 +54,7 @@ class RaggedBatch:
     def __post_init__(self) -> None:
         num_requests, self.max_query = len(self.lens), int(self.lens.max())
         longest = int((self.starts + self.lens).max())
-        # CUDA kernels are chosen, and planned, per shape: few shapes, or every step plans anew.
-        rounded = -(-longest // 64) * 64 if self.device.type == "cuda" else longest
+        rounded = -(-longest // self.cache.length_step) * self.cache.length_step
         self.total_len = min(rounded, self.cache.max_len)
         request_of_row = np.repeat(np.arange(num_requests), self.lens)
         column = np.arange(len(request_of_row)) - np.repeat(np.cumsum(self.lens) - self.lens, self.lens)

@@ -15,11 +15,20 @@ import torch
 
 from dspark_sim.engine.attention import RaggedBatch
 from dspark_sim.engine.drafters import Drafted, Drafter, SequenceState
+from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.kv_cache import SlotCache, SlotPool
 from dspark_sim.engine.models import Target
-from dspark_sim.engine.sampling import SamplingParams, draw, keyed_uniform, probabilities
+from dspark_sim.engine.sampling import SamplingParams, draw, keyed_exponential, keyed_uniform, probabilities, race
 from dspark_sim.engine.timing import SpanTimer
-from dspark_sim.engine.verify import Mode, accept_greedy, accept_rejection, cut
+from dspark_sim.engine.verify import (
+    MATCHING_MODES,
+    Mode,
+    SampledRound,
+    accept_block,
+    accept_matching,
+    accept_rejection,
+    cut,
+)
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DraftBatch, Prefilled, Verification
 from dspark_sim.request import Request
@@ -41,9 +50,11 @@ class TorchExecutor:
     cache
         KV cache of the target; its number of slots bounds the batch.
     mode
-        Acceptance rule: ``greedy`` needs temperature 0, ``rejection`` a positive one.
+        Acceptance rule: ``greedy`` needs temperature 0, every other mode a positive one.
     params
         Sampling of target and drafter.
+    with_draft_prob
+        Whether the drafter's probability of its tokens is handed to the policy.
     """
 
     def __init__(
@@ -54,14 +65,17 @@ class TorchExecutor:
         cache: SlotCache,
         mode: Mode = "greedy",
         params: SamplingParams | None = None,
+        *,
+        with_draft_prob: bool = False,
     ) -> None:
         self.params = params or SamplingParams()
         if (mode == "greedy") != (self.params.temperature == 0):
             raise UserError(
                 f"mode {mode} does not go with temperature {self.params.temperature}; "
-                "use greedy with 0 and rejection with a positive temperature"
+                "use greedy with 0 and rejection, coupled, target_match or block with a positive temperature"
             )
         self.target, self.drafter, self.prompts, self.mode = target, drafter, prompts, mode
+        self.rule = DraftRule(mode, self.params, with_draft_prob)
         self.outputs: dict[int, list[int]] = {}
         self._cache = cache
         self._slots = SlotPool(cache.keys.shape[1])
@@ -95,7 +109,8 @@ class TorchExecutor:
         with self._timer.span("prefill"):
             tokens = [token for state, length in zip(states, lens, strict=True) for token in state.tokens[:length]]
             logits, _ = self._forward(tokens, states, np.zeros_like(lens), lens, np.cumsum(lens) - 1)
-            first = self._sample(logits, requests)
+            ids = np.array([request.request_id for request in requests])
+            first = self._choose(logits, ids, np.array([request.prompt_len for request in requests]))
         stopped = np.zeros(len(requests), dtype=np.bool_)
         for row, (request, state) in enumerate(zip(requests, states, strict=True)):
             if request.num_generated == 0:
@@ -110,10 +125,15 @@ class TorchExecutor:
             return DraftBatch.empty(len(requests))
         states = [self._states[request.request_id] for request in requests]
         limits = np.array([request.remaining - 1 for request in requests])
-        drafted = self.drafter.draft(states, draft_len, limits, self.params, self._timer)
+        drafted = self.drafter.draft(states, draft_len, limits, self.rule, self._timer)
         confidence = np.ones(drafted.tokens.shape) if drafted.confidence is None else drafted.confidence
         return DraftBatch(
-            drafted.lens, confidence, self._timer.collect(), drafted.tokens.astype(np.int32), handle=drafted
+            drafted.lens,
+            confidence,
+            self._timer.collect(),
+            drafted.tokens.astype(np.int32),
+            draft_prob=drafted.draft_prob,
+            handle=drafted,
         )
 
     def verify(self, requests: Sequence[Request], drafts: DraftBatch, verify_lens: IntArray) -> Verification:
@@ -176,13 +196,19 @@ class TorchExecutor:
         assert self.drafter is not None
         self.drafter.observe(np.array([state.slot for state in states]), starts, lens, features)
 
-    def _sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> IntArray:
+    def _choose(self, logits: torch.Tensor, ids: IntArray, positions: IntArray) -> IntArray:
+        """The target's own tokens for absolute `positions` of requests `ids`, one per row of `logits`."""
         if self.mode == "greedy":
-            return logits.argmax(dim=-1).cpu().numpy()
-        ids = np.array([request.request_id for request in requests])
-        positions = np.array([request.prompt_len for request in requests])
-        uniforms = keyed_uniform(self.params.seed, ids, positions, "bonus")
-        return draw(probabilities(logits, self.params), uniforms).cpu().numpy()
+            chosen = logits.argmax(dim=-1)
+        elif self.mode == "coupled":
+            every = torch.arange(logits.shape[-1], device=logits.device)
+            chosen = race(
+                probabilities(logits, self.params), keyed_exponential(self.params.seed, ids, positions, every)
+            )
+        else:
+            uniforms = keyed_uniform(self.params.seed, ids, positions, "bonus")
+            chosen = draw(probabilities(logits, self.params), uniforms)
+        return chosen.cpu().numpy()
 
     def _accept(
         self,
@@ -193,18 +219,22 @@ class TorchExecutor:
         row_starts: IntArray,
         positions: IntArray,
     ) -> tuple[IntArray, IntArray]:
-        if self.mode == "greedy":
-            flat = logits.argmax(dim=-1).cpu().numpy()
+        ids = np.array([request.request_id for request in requests])
+        if self.mode in MATCHING_MODES:
+            lens = 1 + verify_lens
+            depth = np.arange(len(logits)) - np.repeat(row_starts, lens)
+            flat = self._choose(logits, np.repeat(ids, lens), np.repeat(positions, lens) + 1 + depth)
             rows = np.minimum(row_starts[:, None] + np.arange(drafted.tokens.shape[1] + 1), len(flat) - 1)
-            return accept_greedy(drafted.tokens, verify_lens, flat[rows])
-        return accept_rejection(
+            return accept_matching(drafted.tokens, verify_lens, flat[rows])
+        judged = SampledRound(
             drafted.tokens,
             verify_lens,
             probabilities(logits, self.params),
             row_starts,
             drafted.probs,
             self.drafter.draft_token_ids if self.drafter is not None else None,
-            np.array([request.request_id for request in requests]),
+            ids,
             positions,
             self.params,
         )
+        return accept_rejection(judged) if self.mode == "rejection" else accept_block(judged)

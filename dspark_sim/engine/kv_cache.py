@@ -23,6 +23,9 @@ class SlotCache:
         Shape of the store.
     dtype, device
         Of the store.
+    length_step
+        The batch reads lengths rounded up to a multiple of this. ``None`` means 64 on CUDA, where kernels are chosen,
+        and planned, per shape (few shapes, or every step plans anew), and 1 on a CPU.
     """
 
     def __init__(
@@ -35,11 +38,13 @@ class SlotCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        length_step: int | None = None,
     ) -> None:
         shape = (num_layers, num_slots, num_kv_heads, max_len, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.max_len = max_len
+        self.length_step = length_step or (64 if device.type == "cuda" else 1)
 
     def write(
         self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

@@ -1,8 +1,10 @@
 """Keyed random numbers and sampling.
 
-Every uniform is a pure function of (seed, request, absolute position, purpose): no generator is shared, so the
-composition of a batch cannot change a request's output. Probabilities are float32; a draft token is drawn from the
-very tensor that later enters the acceptance ratio.
+Every random number is a pure function of (seed, request, absolute position, purpose): no generator is shared, so the
+composition of a batch cannot change a request's output. Draws for drafted tokens are keyed by the block's anchor and
+the slot in the block: a block that starts elsewhere draws afresh, and nothing a policy saw of an earlier block says
+anything about a later one. Probabilities are float32; a draft token is drawn from the very tensor that later enters
+the acceptance ratio.
 """
 
 from __future__ import annotations
@@ -16,9 +18,14 @@ import torch
 
 from dspark_sim.errors import UserError
 
-Purpose = Literal["draft", "accept", "residual", "bonus"]
-_PURPOSES: dict[Purpose, int] = {"draft": 1, "accept": 2, "residual": 3, "bonus": 4}
+Purpose = Literal["draft", "accept", "residual", "bonus", "gumbel", "replay_draft", "replay_accept"]
+_PURPOSES: dict[Purpose, int] = {
+    **{"draft": 1, "accept": 2, "residual": 3, "bonus": 4, "gumbel": 5},
+    **{"replay_draft": 6, "replay_accept": 7},
+}
 _UINT64 = np.uint64
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 @dataclass(frozen=True)
@@ -53,15 +60,28 @@ class SamplingParams:
 
 def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser: a bijection of 64-bit integers with full avalanche."""
-    value = (value ^ (value >> _UINT64(30))) * _UINT64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> _UINT64(27))) * _UINT64(0x94D049BB133111EB)
+    value = (value ^ (value >> _UINT64(30))) * _UINT64(_FACTORS[0])
+    value = (value ^ (value >> _UINT64(27))) * _UINT64(_FACTORS[1])
     return value ^ (value >> _UINT64(31))
 
 
+def _state(seed: int, *parts: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        golden = _UINT64(_GOLDEN)
+        state = _mix(np.asarray(seed % 2**64, dtype=_UINT64) + golden)
+        for part in parts:
+            state = _mix((state ^ np.asarray(part).astype(_UINT64)) + golden)
+    return state
+
+
 def keyed_uniform(
-    seed: int, request_ids: npt.ArrayLike, positions: npt.ArrayLike, purpose: Purpose
+    seed: int,
+    request_ids: npt.ArrayLike,
+    positions: npt.ArrayLike,
+    purpose: Purpose,
+    slots: npt.ArrayLike = 0,
 ) -> npt.NDArray[np.float64]:
-    """Uniforms in (0, 1), one per (request, position) pair.
+    """Uniforms in (0, 1), one per (request, position, slot).
 
     Parameters
     ----------
@@ -71,13 +91,51 @@ def keyed_uniform(
         Broadcast against each other; positions are absolute.
     purpose
         Distinguishes draws at the same position; the draft and the residual never share one.
+    slots
+        Place in the block, where `positions` are anchors; broadcast too.
     """
-    with np.errstate(over="ignore"):
-        golden = _UINT64(0x9E3779B97F4A7C15)
-        state = _mix(np.asarray(seed % 2**64, dtype=_UINT64) + golden)
-        for part in (request_ids, positions, _PURPOSES[purpose]):
-            state = _mix((state ^ np.asarray(part).astype(_UINT64)) + golden)
+    state = _state(seed, request_ids, positions, _PURPOSES[purpose], slots)
     return ((state >> _UINT64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def keyed_exponential(
+    seed: int, request_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], token_ids: torch.Tensor
+) -> torch.Tensor:
+    """Standard exponential noise of every token, [N, V] float64, on the device of `token_ids`.
+
+    The token that minimises noise / probability has exactly that probability (the exponential race; -log noise is
+    Gumbel noise). Target and drafter that race with the same noise choose the same token as often as their laws
+    allow without talking to each other.
+
+    Parameters
+    ----------
+    seed, request_ids, positions
+        Keys: [N] requests and the absolute positions that their tokens are for.
+    token_ids
+        [V] target ids, so that a draft vocabulary meets the noise of its own tokens.
+    """
+    keys = _state(seed, request_ids, positions, _PURPOSES["gumbel"]).view(np.int64)
+    state = torch.from_numpy(keys).to(token_ids.device)[:, None] ^ token_ids
+    # SplitMix64 once more, in signed integers that wrap around; shifts are made logical by masks.
+    state = state + _signed(_GOLDEN)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        state = (state ^ _shift_right(state, shift)) * _signed(factor)
+    state = state ^ _shift_right(state, 31)
+    uniform = (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+    return -uniform.log()
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Index of the token that wins the exponential race, per row of probabilities [N, V] and noise [N, V]."""
+    return (probs.double() / noise).argmax(dim=-1)
 
 
 def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

@@ -7,17 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dspark_sim import cost as cost_model
 from dspark_sim.cost import CostModel
-from dspark_sim.engine.anchors import greedy_anchors
+from dspark_sim.engine.anchors import RecordedOutput, dense_anchors
+from dspark_sim.engine.conditional import Known
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
 from dspark_sim.engine.drafters.block_model import load_drafter
+from dspark_sim.engine.drafters.choose import Confidence, DraftRule
 from dspark_sim.engine.drafters.ngram import NgramDrafter
 from dspark_sim.engine.executor import TorchExecutor
+from dspark_sim.engine.explore import Explore
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.live import serve
 from dspark_sim.engine.models import EMBEDDED, Target, load_target
@@ -25,7 +27,7 @@ from dspark_sim.engine.sampling import SamplingParams
 from dspark_sim.engine.verify import Mode
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
-from dspark_sim.policy import Controller, FloatArray, Information, IntArray, LoadView, SpeculationPolicy, parameters
+from dspark_sim.policy import LoadView, SpeculationPolicy, parameters
 from dspark_sim.provenance import processor, provenance
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
@@ -60,6 +62,7 @@ class Engine:
         num_threads: int | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 1024,
+        confidence: Confidence | None = None,
     ) -> Engine:
         """Load a target and a drafter.
 
@@ -75,6 +78,8 @@ class Engine:
             Of torch on a CPU; ``None`` keeps torch's own choice.
         max_num_seqs, max_model_len
             Slots of the KV cache and their length in tokens.
+        confidence
+            Where confidence estimates come from; ``None`` means the drafter's own head, if it has one.
 
         Raises
         ------
@@ -98,10 +103,10 @@ class Engine:
             device=loaded.device,
         )
         engine = Engine(loaded, None, "none", torch.get_num_threads(), max_num_seqs, max_model_len, cache)
-        return engine.with_drafter(drafter)
+        return engine.with_drafter(drafter, confidence)
 
-    def with_drafter(self, drafter: str) -> Engine:
-        """The same target with another drafter.
+    def with_drafter(self, drafter: str, confidence: Confidence | None = None) -> Engine:
+        """The same target with another drafter, or the same with another source of confidence.
 
         Raises
         ------
@@ -110,7 +115,7 @@ class Engine:
         """
         return Engine(
             self.target,
-            self._make_drafter(drafter),
+            self._make_drafter(drafter, confidence),
             Path(drafter).name,
             self.num_threads,
             self.max_num_seqs,
@@ -118,7 +123,7 @@ class Engine:
             self.cache,
         )
 
-    def _make_drafter(self, name: str) -> Drafter | None:
+    def _make_drafter(self, name: str, confidence: Confidence | None) -> Drafter | None:
         if name == "none":
             return None
         if name == "ngram":
@@ -134,7 +139,7 @@ class Engine:
                 f"the bundled drafter {name} was trained for {network.config.target}, not {self.target.name}; "
                 "use none or ngram, or train one with `dspark-sim train`"
             )
-        return RaggedBlockDrafter(name, network, self.max_num_seqs, self.max_model_len)
+        return RaggedBlockDrafter(name, network, self.max_num_seqs, self.max_model_len, confidence)
 
     @property
     def block_size(self) -> int:
@@ -145,6 +150,10 @@ class Engine:
     def has_confidence(self) -> bool:
         """Whether the drafter estimates acceptance."""
         return self.drafter is not None and self.drafter.has_confidence
+
+    def _confidence_source(self) -> dict[str, Any] | None:
+        drafter = self.drafter
+        return asdict(drafter.confidence) if self.has_confidence and isinstance(drafter, RaggedBlockDrafter) else None
 
     @property
     def hardware(self) -> dict[str, Any]:
@@ -172,6 +181,7 @@ class Engine:
         seed: int = 0,
         cost: CostModel | None = None,
         num_requests: int | None = None,
+        allow_biased: bool = False,
         recording: bool = True,
         progress: bool = True,
     ) -> Trace:
@@ -191,6 +201,9 @@ class Engine:
             If given, predictions are recorded beside the measured seconds.
         num_requests
             Requests to send; prompts are repeated in order. ``None`` sends each once.
+        allow_biased
+            Run a policy that looks at sampled tokens under a mode whose output it biases, as a negative control; the
+            trace is labelled.
         recording
             ``False`` keeps no step and draft rows (to measure what recording costs).
         progress
@@ -220,10 +233,13 @@ class Engine:
             for number, prompt in enumerate(repeat(prompts, len(prompts) if num_requests is None else num_requests))
         ]
         params = SamplingParams(temperature, top_k, top_p, seed)
-        executor = TorchExecutor(self.target, self.drafter, encoded, self.cache, mode, params)
+        with_prob = policy.signal == "draft_prob"
+        executor = TorchExecutor(
+            self.target, self.drafter, encoded, self.cache, mode, params, with_draft_prob=with_prob
+        )
         scheduler = Scheduler(self._scheduler_config(workload), self.block_size)
         recorder = TraceRecorder("wall")
-        loop = DecodeLoop(executor, scheduler, policy, recorder, cost)
+        loop = DecodeLoop(executor, scheduler, policy, recorder, cost, allow_biased=allow_biased)
         if not recording:
             loop.recorder = None
         for request in requests:
@@ -234,8 +250,10 @@ class Engine:
             "drafter": self.drafter_name,
             "block_size": self.block_size,
             "has_confidence": self.has_confidence,
+            "confidence": self._confidence_source(),
             "mode": mode,
             "sampling": asdict(params),
+            "biased": loop.biased,
             "policy": policy.label(),
             "policy_parameters": parameters(policy),
             "workload": {"kind": type(workload).__name__, **asdict(workload)},
@@ -246,30 +264,43 @@ class Engine:
         return recorder.trace(config, provenance(seed=seed, **self.hardware), executor.outputs)
 
     def anchors(self, trace: Trace, *, progress: bool = True) -> Trace:
-        """The trace with dense anchors of this engine's drafter over its recorded greedy outputs.
+        """The trace with dense anchors of this engine's drafter over its recorded outputs.
 
-        The outputs may have been recorded under any drafter or none; greedy output is the same.
+        The outputs may have been recorded under any drafter or none: what the target says does not depend on it.
 
         Raises
         ------
         UserError
-            If the outputs are not greedy outputs of this target, or there is no drafter.
+            If the outputs are not unbiased outputs of this target, or the mode or drafter has no dense pass.
         """
         if self.drafter is None:
             raise UserError("drafter none proposes nothing; choose a drafter for dense anchors")
-        if trace.config.get("mode") != "greedy" or trace.config.get("target") != self.target.name:
+        if trace.config.get("target") != self.target.name or "mode" not in trace.config:
             raise UserError(
-                f"dense anchors need greedy outputs of {self.target.name}; this trace has mode "
-                f"{trace.config.get('mode')} and target {trace.config.get('target')}"
+                f"dense anchors need outputs of {self.target.name}; this trace has target {trace.config.get('target')}"
             )
+        if trace.config.get("biased"):
+            raise UserError("this trace is a biased negative control; its outputs are not the target's, record again")
+        rule = DraftRule(trace.config["mode"], SamplingParams(**trace.config["sampling"]), with_prob=True)
+        rounds: dict[int, dict[int, Known]] = {}
+        if rule.mode == "rejection" and trace.config.get("drafter") == self.drafter_name:
+            for row in trace.tables["drafts"].to_pylist():
+                known = Known.of_round(row["draft_tokens"] or [], row["verify_len"], row["num_accepted"])
+                rounds.setdefault(row["request_id"], {})[row["position"]] = known
         prompts = trace.config["prompts"]
         recorded = [
-            (row["request_id"], prompts[row["prompt_id"]], row["output_tokens"])
+            RecordedOutput(
+                row["request_id"], prompts[row["prompt_id"]], row["output_tokens"], rounds.get(row["request_id"], {})
+            )
             for row in trace.tables["requests"].to_pylist()
         ]
-        anchors = greedy_anchors(self.target, self.drafter, recorded, progress=progress)
+        anchors = dense_anchors(self.target, self.drafter, recorded, rule, progress=progress)
         return trace.with_anchors(
-            anchors, drafter=self.drafter_name, block_size=self.block_size, has_confidence=self.has_confidence
+            anchors,
+            drafter=self.drafter_name,
+            block_size=self.block_size,
+            has_confidence=self.has_confidence,
+            confidence=self._confidence_source(),
         )
 
     def profile(
@@ -283,24 +314,57 @@ class Engine:
     ) -> CostModel:
         """Measure what iterations cost, at many batch sizes, and fit a cost model.
 
-        Each concurrency is run as a closed loop with as many requests as users, at least 4, under a policy that
-        varies draft and verify lengths at random, so that batch sizes from R to R·(1+γ) are met.
+        Each concurrency is one `profile_pass` with as many requests as users, at least 4.
         """
-        policy = Explore(self.block_size, seed)
-        # The first passes pay for lazy initialisation; they are not the steady cost.
-        self.record(prompts[:2], policy, ClosedLoop(min(2, self.max_num_seqs)), max_tokens=8, progress=False)
+        self.warm_up(prompts, seed=seed)
         traces = [
-            self.record(
-                prompts,
-                policy,
-                ClosedLoop(users),
-                max_tokens=max_tokens,
-                num_requests=max(users, 4),
-                progress=progress,
+            self.profile_pass(
+                prompts, users, max_tokens=max_tokens, num_requests=max(users, 4), seed=seed, progress=progress
             )
             for users in concurrency
         ]
-        return cost_model.fit([trace.steps for trace in traces], {**self.hardware, "drafter": self.drafter_name})
+        return self.fit_cost(traces)
+
+    def warm_up(self, prompts: Sequence[Prompt], *, seed: int = 0) -> None:
+        """Decode a few tokens: the first passes pay for lazy initialisation and are not the steady cost."""
+        users = min(2, self.max_num_seqs)
+        self.record(prompts[:2], Explore(self.block_size, seed), ClosedLoop(users), max_tokens=8, progress=False)
+
+    def profile_pass(
+        self,
+        prompts: Sequence[Prompt],
+        num_users: int,
+        *,
+        max_tokens: int,
+        num_requests: int,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Trace:
+        """A closed loop whose draft and verify lengths vary at random: its batches hold from R to R·(1+γ) tokens."""
+        return self.record(
+            prompts,
+            Explore(self.block_size, seed),
+            ClosedLoop(num_users),
+            max_tokens=max_tokens,
+            num_requests=num_requests,
+            progress=progress,
+        )
+
+    def fit_cost(self, own: Sequence[Trace], others: Sequence[Trace] = ()) -> CostModel:
+        """Fit a cost model from profile passes.
+
+        Parameters
+        ----------
+        own
+            Passes of this engine.
+        others
+            Passes of the same target under other drafters; the target's own cost is fitted to them too.
+        """
+        return cost_model.fit(
+            [trace.steps for trace in own],
+            {**self.hardware, "drafter": self.drafter_name},
+            [trace.steps for trace in others],
+        )
 
     def _scheduler_config(self, workload: Workload) -> SchedulerConfig:
         users = workload.num_users if isinstance(workload, ClosedLoop) else self.max_num_seqs
@@ -315,49 +379,3 @@ class Engine:
             page_size=page_size,
             max_model_len=self.max_model_len,
         )
-
-
-@dataclass(frozen=True)
-class Explore:
-    """A policy for profiling: draft and verify lengths drawn at random each round.
-
-    Parameters
-    ----------
-    block_size
-        Most tokens to draft.
-    seed
-        Of the draws.
-    """
-
-    block_size: int
-    seed: int = 0
-    information: Information = "history"
-    needs_confidence: bool = False
-
-    def start(self) -> Controller:
-        """A fresh generator."""
-        return _ExploreController(self.block_size, np.random.default_rng(self.seed))
-
-    def label(self) -> str:
-        """Name in tables."""
-        return "explore"
-
-
-@dataclass
-class _ExploreController:
-    block_size: int
-    rng: np.random.Generator
-
-    def draft_len(self, load: LoadView) -> int:
-        if self.block_size == 0 or self.rng.random() < 0.2:
-            return 0
-        return self.block_size if self.rng.random() < 0.6 else int(self.rng.integers(1, self.block_size + 1))
-
-    def verify_lens(self, load: LoadView, survival: FloatArray) -> IntArray:
-        num_requests, width = survival.shape
-        level = int(self.rng.integers(0, width + 1))
-        jitter = self.rng.integers(-1, 2, num_requests)
-        return np.asarray(np.clip(level + jitter, 0, width), dtype=np.int64)
-
-    def observe(self, load: LoadView, verify_lens: IntArray, num_accepted: IntArray) -> None:
-        pass

@@ -1,9 +1,9 @@
 """What was recorded: a drafted block at every position of every prompt's output.
 
-Anchor i of a prompt is its output token i. The block that starts there proposes output tokens i+1, i+2, ...; it is
-row i of the prompt's arrays, for i = 0 .. output_len-2. Decoding without loss gives the same output whatever the
-schedule, so a replay may start a block at any anchor, accept the shorter of what it verifies and what was accepted
-of the full block, and go on from there.
+Anchor i of an output is its token i. The block that starts there proposes output tokens i+1, i+2, ...; it is row i of
+the output's arrays, for i = 0 .. output_len-2. Decoding without loss gives the same output whatever the schedule, so a
+replay may start a block at any anchor, accept the shorter of what it verifies and what was accepted of the full block,
+and go on from there. At temperature 0 a prompt has one output; above, every request has its own.
 
 Lengths and counts are in tokens.
 """
@@ -65,9 +65,10 @@ class RecordedAnchors:
     Parameters
     ----------
     prompts
-        The recorded prompts by `prompt_id`; ``anchors.num_accepted[anchors.prompts[name].rows]`` is one prompt's.
+        The recorded outputs by key; ``anchors.num_accepted[anchors.prompts[key].rows]`` is one output's. The key is
+        the `prompt_id` at temperature 0, and ``prompt_id#request_id`` above.
     request_prompts
-        `prompt_id` of every recorded request, in order of `request_id`.
+        Key of every recorded request, in order of `request_id`.
     num_accepted
         [T], drafts of the full block that the target accepts.
     draft_len
@@ -78,6 +79,10 @@ class RecordedAnchors:
         [T, γ], estimated P(accept k | all before k accepted), NaN where there is none.
     has_confidence
         Whether the drafter estimates confidences.
+    mode
+        Acceptance mode of the recording.
+    accept_prob, draft_prob
+        [T, γ], true conditional acceptance and the drafter's probability of its tokens; ``None`` if not recorded.
     """
 
     prompts: Mapping[str, RecordedPrompt]
@@ -87,6 +92,9 @@ class RecordedAnchors:
     draft_tokens: TokenArray
     confidence: FloatArray
     has_confidence: bool
+    mode: str = "greedy"
+    accept_prob: FloatArray | None = None
+    draft_prob: FloatArray | None = None
 
     @property
     def block_size(self) -> int:
@@ -112,19 +120,23 @@ class RecordedAnchors:
             draft_len=np.minimum(self.draft_len, block_size),
             draft_tokens=self.draft_tokens[:, :block_size],
             confidence=self.confidence[:, :block_size],
+            accept_prob=None if self.accept_prob is None else self.accept_prob[:, :block_size],
+            draft_prob=None if self.draft_prob is None else self.draft_prob[:, :block_size],
         )
 
     @staticmethod
     def from_trace(trace: Trace) -> RecordedAnchors:
         """Anchors of the tables `requests` and `anchors`.
 
-        Of several requests with the same prompt the first one with anchors is kept: their outputs are identical.
+        Of several requests with the same prompt at temperature 0 the first one with anchors is kept: their outputs
+        are identical.
 
         Raises
         ------
         UserError
-            If the trace has no anchors, or those of a prompt are missing, incomplete or contradict its output.
+            If the trace has no anchors, or those of an output are missing, incomplete or contradict it.
         """
+        mode = str(trace.config.get("mode", "greedy"))
         table = trace.tables["anchors"]
         columns = ["request_id", "prompt_id", "domain", "prompt_len", "max_tokens", "output_len", "finish_reason"]
         requests = trace.tables["requests"].select(columns).sort_by("request_id").to_pylist()
@@ -135,11 +147,12 @@ class RecordedAnchors:
         owner, position = _integers(table, "request_id"), _integers(table, "position")
         order = np.lexsort((position, owner))
         owner, position = owner[order], position[order]
+        keys = [row["prompt_id"] if mode == "greedy" else f"{row['prompt_id']}#{row['request_id']}" for row in requests]
         prompts: dict[str, RecordedPrompt] = {}
         kept: list[IntArray] = [np.zeros(0, dtype=np.int64)]
         num_rows = 0
-        for request in requests:
-            request_id, name = request["request_id"], request["prompt_id"]
+        for request, name in zip(requests, keys, strict=True):
+            request_id = request["request_id"]
             first, last = np.searchsorted(owner, (request_id, request_id + 1)).tolist()
             if name in prompts or (last == first and request["output_len"] > 1):
                 continue
@@ -153,15 +166,18 @@ class RecordedAnchors:
             prompts[name] = prompt
             kept.append(order[first:last])
             num_rows += expected.size
-        names = tuple(request["prompt_id"] for request in requests)
-        missing = [name for name in names if name not in prompts]
+        missing = [name for name in keys if name not in prompts]
         if missing:
             raise UserError(f"prompt {missing[0]} has no anchors; record it again with the dense pass")
-        return _assemble(trace, table.take(pa.array(np.concatenate(kept))), prompts, names)
+        return _assemble(trace, table.take(pa.array(np.concatenate(kept))), prompts, tuple(keys), mode)
 
 
 def _assemble(
-    trace: Trace, table: pa.Table, prompts: Mapping[str, RecordedPrompt], request_prompts: tuple[str, ...]
+    trace: Trace,
+    table: pa.Table,
+    prompts: Mapping[str, RecordedPrompt],
+    request_prompts: tuple[str, ...],
+    mode: str,
 ) -> RecordedAnchors:
     draft_len = _lengths(table, "draft_tokens")
     num_accepted = _integers(table, "num_accepted")
@@ -177,6 +193,13 @@ def _assemble(
                 f"prompt {prompt.prompt_id} has num_accepted {num_accepted[prompt.rows][excess[0]]} at output token "
                 f"{excess[0]}, where at most {limit[excess[0]]} drafts can be accepted; record it again"
             )
+
+    def optional(name: str) -> FloatArray | None:
+        if table[name].null_count == table.num_rows:
+            return None
+        padded: FloatArray = _padded(table, name, np.zeros((table.num_rows, block_size)))
+        return padded
+
     return RecordedAnchors(
         prompts=prompts,
         request_prompts=request_prompts,
@@ -185,6 +208,9 @@ def _assemble(
         draft_tokens=draft_tokens,
         confidence=confidence,
         has_confidence=bool(trace.config.get("has_confidence", not np.isnan(confidence).all())),
+        mode=mode,
+        accept_prob=optional("accept_prob"),
+        draft_prob=optional("draft_prob"),
     )
 
 

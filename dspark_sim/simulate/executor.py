@@ -1,7 +1,7 @@
 """The executor that looks outcomes up and prices them: the simulator's half of the decode loop.
 
-A round of R requests is a few fancy-index operations on the anchors' arrays: row = first row of the request's prompt
-+ output tokens so far - 1. Its seconds come from a cost model; its clock stands still.
+A round of R requests is a few fancy-index operations on the anchors' arrays: row = first row of the request's
+recorded output + output tokens so far - 1. Its seconds come from a cost model; its clock stands still.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class ReplayExecutor:
         """Whether confidences were recorded."""
         return self.anchors.has_confidence
 
+    @property
+    def mode(self) -> str:
+        """Acceptance mode of the recording."""
+        return self.anchors.mode
+
     def clock(self) -> float:
         """Zero, always: the time of an iteration is computed, not spent."""
         return 0.0
@@ -101,6 +106,8 @@ class ReplayExecutor:
             confidence=self.anchors.confidence[batch.rows, :draft_len],
             spans={"draft": self.cost.draft_seconds(len(requests), draft_len, batch.context_tokens)},
             tokens=self.anchors.draft_tokens[batch.rows, :draft_len],
+            draft_prob=None if self.anchors.draft_prob is None else self.anchors.draft_prob[batch.rows, :draft_len],
+            accept_prob=None if self.anchors.accept_prob is None else self.anchors.accept_prob[batch.rows, :draft_len],
             handle=batch,
         )
 
@@ -125,7 +132,10 @@ class ReplayExecutor:
 
     def _look_up(self, request: Request) -> tuple[int, int, int, int, int]:
         """First row, output length, whether it stops, most tokens, and prompt length of a request."""
-        prompt = self.anchors.prompts.get(request.prompt_id)
+        key = request.prompt_id
+        if self.anchors.mode != "greedy":
+            key = self.anchors.request_prompts[request.request_id % len(self.anchors.request_prompts)]
+        prompt = self.anchors.prompts.get(key)
         if prompt is None:
             raise UserError(
                 f"prompt {request.prompt_id} was not recorded; choose one of the "

@@ -38,6 +38,7 @@ def simulate(
     num_requests: int | None = None,
     block_size: int | None = None,
     scheduler: SchedulerConfig | None = None,
+    allow_biased: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> Trace:
@@ -61,6 +62,8 @@ def simulate(
     scheduler
         The server's limits. By default as many requests run at once as a closed loop has users (an open loop: the
         default of `SchedulerConfig`), and the KV cache holds all of them.
+    allow_biased
+        Run a policy that would bias the live output, as a negative control; the trace is labelled.
     seed
         Added to the seed of a workload that draws arrivals; 0 leaves it. A closed loop has nothing random.
     progress
@@ -82,13 +85,17 @@ def simulate(
     requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests)
     limits = scheduler or _ample(requests, workload, executor.block_size)
     recorder = TraceRecorder("virtual")
-    loop = DecodeLoop(executor, Scheduler(limits, executor.block_size), policy, recorder, cost)
+    loop = DecodeLoop(
+        executor, Scheduler(limits, executor.block_size), policy, recorder, cost, allow_biased=allow_biased
+    )
     if not isinstance(workload, ClosedLoop):
         workload = replace(workload, seed=workload.seed + seed)
     with tqdm(total=len(requests), desc=policy.label(), unit="req", disable=not progress) as bar:
         _run(loop, requests, workload, bar)
     config = {
         "source": "simulate",
+        "mode": anchors.mode,
+        "biased": loop.biased,
         "policy": policy.label(),
         "policy_parameters": parameters(policy),
         "workload": {"kind": type(workload).__name__, **asdict(workload)},

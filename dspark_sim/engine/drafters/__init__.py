@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sim.engine.sampling import SamplingParams
 from dspark_sim.engine.timing import SpanTimer
+
+if TYPE_CHECKING:
+    from dspark_sim.engine.drafters.choose import DraftRule
 
 IntArray = npt.NDArray[np.int64]
 
@@ -49,12 +51,15 @@ class Drafted:
         [R, k], or ``None`` when the drafter does not estimate it.
     probs
         [R, k, Vd] float32 law of each draft on the device, or ``None`` when drafts are deterministic.
+    draft_prob
+        [R, k] the drafter's probability of each token, or ``None`` when not asked for.
     """
 
     tokens: IntArray
     lens: IntArray
     confidence: npt.NDArray[np.float64] | None = None
     probs: torch.Tensor | None = None
+    draft_prob: npt.NDArray[np.float64] | None = None
 
 
 class Drafter(Protocol):
@@ -75,8 +80,8 @@ class Drafter(Protocol):
         states: Sequence[SequenceState],
         draft_len: int,
         limits: IntArray,
-        params: SamplingParams,
+        rule: DraftRule,
         timer: SpanTimer,
     ) -> Drafted:
-        """Propose min(draft_len, limits) tokens for each request."""
+        """Propose min(draft_len, limits) tokens for each request, chosen by `rule`."""
         ...

@@ -15,9 +15,9 @@ import torch
 from dspark_sim.engine.attention import RaggedBatch, attend
 from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
 from dspark_sim.engine.drafters.block_model import BlockDrafter
-from dspark_sim.engine.drafters.heads import greedy, run_head
+from dspark_sim.engine.drafters.choose import Confidence, DraftRule
+from dspark_sim.engine.drafters.heads import run_head
 from dspark_sim.engine.kv_cache import SlotCache
-from dspark_sim.engine.sampling import SamplingParams, draw, keyed_uniform, probabilities
 from dspark_sim.engine.timing import SpanTimer
 
 _MAX_PENDING_ROWS = 4096
@@ -34,14 +34,19 @@ class RaggedBlockDrafter:
         Attached to its target.
     num_slots, max_len
         As the target's KV cache.
+    confidence
+        Where confidence comes from; ``None`` means the network's head, if it has one.
     """
 
-    def __init__(self, name: str, network: BlockDrafter, num_slots: int, max_len: int) -> None:
+    def __init__(
+        self, name: str, network: BlockDrafter, num_slots: int, max_len: int, confidence: Confidence | None = None
+    ) -> None:
         config = network.config
         self.name = name
         self.network = network
         self.block_size = config.block_size
-        self.has_confidence = config.enable_confidence_head
+        self.confidence = confidence or Confidence()
+        self.has_confidence = config.enable_confidence_head or self.confidence.kind != "head"
         self.feature_layers = config.target_layer_ids
         self.draft_token_ids = network.draft_token_ids if config.draft_vocab_size else None
         weight = network.fc.weight
@@ -71,7 +76,7 @@ class RaggedBlockDrafter:
         states: Sequence[SequenceState],
         draft_len: int,
         limits: IntArray,
-        params: SamplingParams,
+        rule: DraftRule,
         timer: SpanTimer,
     ) -> Drafted:
         """Backbone over whole blocks, head over the first `draft_len` slots.
@@ -98,15 +103,13 @@ class RaggedBlockDrafter:
             ).view(len(states), self.block_size, -1)[:, :draft_len]
         with timer.span("head"):
             ids = np.array([state.request_id for state in states])
-
-            def sample(slot: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                law = probabilities(logits, params)
-                return draw(law, keyed_uniform(params.seed, ids, positions + 1 + slot, "draft")), law
-
-            out = run_head(self.network, hidden, anchors, sample if params.temperature else greedy)
+            choose = rule.choose(ids, positions, self.network.draft_token_ids)
+            out = run_head(self.network, hidden, anchors, choose, self.confidence, with_prob=rule.with_prob)
             tokens = out.tokens.cpu().numpy()
-            confidence = None if out.confidence is None else out.confidence.double().cpu().numpy()
-        return Drafted(tokens, np.minimum(draft_len, limits), confidence, out.probs)
+            confidence, prob = (
+                None if x is None else x.double().cpu().numpy() for x in (out.confidence, out.draft_prob)
+            )
+        return Drafted(tokens, np.minimum(draft_len, limits), confidence, out.probs, prob)
 
     def _extend_context(self) -> None:
         if not self._pending:

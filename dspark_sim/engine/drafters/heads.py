@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.drafters.choose import Choose, Confidence
 
 
 @dataclass(slots=True)
@@ -21,19 +21,25 @@ class HeadOutput:
     confidence
         [N, k] estimated conditional acceptance, or ``None``.
     probs
-        [N, k, Vd] float32 law each token was drawn from, or ``None`` when greedy.
+        [N, k, Vd] float32 law each token was drawn from, or ``None`` when they were not drawn.
+    draft_prob
+        [N, k] the drafter's probability of each token, or ``None`` when not asked for.
     """
 
     tokens: torch.Tensor
     confidence: torch.Tensor | None
     probs: torch.Tensor | None
+    draft_prob: torch.Tensor | None = None
 
 
 def run_head(
     drafter: BlockDrafter,
     hidden: torch.Tensor,
     anchors: torch.Tensor,
-    choose: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
+    choose: Choose,
+    confidence: Confidence | None = None,
+    *,
+    with_prob: bool = False,
 ) -> HeadOutput:
     """Draft k tokens behind each anchor.
 
@@ -47,24 +53,33 @@ def run_head(
         [N] anchor tokens.
     choose
         ``choose(slot, logits [N, Vd])`` returns draft-vocabulary indices [N] and the law they were drawn from.
+    confidence
+        Where confidence comes from; ``None`` means the confidence head.
+    with_prob
+        Whether `draft_prob` is wanted.
     """
+    judge = confidence or Confidence()
     base = drafter.base_logits(hidden)
-    tokens, confidences, laws = [], [], []
+    tokens, confidences, laws, probs = [], [], [], []
     previous = anchors
     for slot in range(hidden.shape[1]):
         embedding = drafter.previous_embedding(previous)
-        index, law = choose(slot, drafter.markov_logits(base[:, slot], embedding))
-        confidence = drafter.confidence_logits(hidden[:, slot], embedding)
+        logits = drafter.markov_logits(base[:, slot], embedding)
+        index, law = choose(slot, logits)
+        confidences.append(judge.estimate(drafter, hidden[:, slot], embedding, logits))
+        if with_prob:
+            whole = logits.float().softmax(dim=-1) if law is None else law
+            probs.append(whole.gather(-1, index[:, None])[:, 0])
         previous = drafter.draft_token_ids[index]
         tokens.append(previous)
-        confidences.append(confidence)
         laws.append(law)
     known = [c for c in confidences if c is not None]
     drawn = [law for law in laws if law is not None]
     return HeadOutput(
         torch.stack(tokens, dim=1),
-        torch.stack(known, dim=1).float().sigmoid() if known else None,
+        torch.stack(known, dim=1) if known else None,
         torch.stack(drawn, dim=1) if drawn else None,
+        torch.stack(probs, dim=1) if probs else None,
     )
 
 

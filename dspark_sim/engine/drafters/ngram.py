@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
-from dspark_sim.engine.sampling import SamplingParams
+from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.timing import SpanTimer
 
 
@@ -41,7 +41,7 @@ class NgramDrafter:
         states: Sequence[SequenceState],
         draft_len: int,
         limits: IntArray,
-        params: SamplingParams,
+        rule: DraftRule,
         timer: SpanTimer,
     ) -> Drafted:
         """Look every request's suffix up."""
@@ -52,7 +52,8 @@ class NgramDrafter:
                 found = self.propose(np.asarray(state.tokens), min(draft_len, limit))
                 tokens[row, : len(found)] = found
                 lens[row] = len(found)
-        return Drafted(tokens, lens)
+        # A point mass: whatever was looked up was certain.
+        return Drafted(tokens, lens, draft_prob=np.ones(tokens.shape) if rule.with_prob else None)
 
     def propose(self, tokens: IntArray, num_tokens: int) -> IntArray:
         """Up to `num_tokens` tokens that may follow `tokens` [n]."""

@@ -1,0 +1,183 @@
+"""Commands that run the engine: record, profile, fit-margin, bench."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import tyro
+
+from dspark_sim.analysis.tables import write_rows
+from dspark_sim.commands.output import print_summary, print_table
+from dspark_sim.errors import UserError
+from dspark_sim.options import LoadOptions, ModelOptions, NetworkOptions, PolicyOptions, PromptOptions
+
+
+@dataclass(frozen=True)
+class Record:
+    """Serve prompts live, draft a block at every position of the outputs, write a trace."""
+
+    out: Path = Path("runs/recording")
+    """Folder for the trace."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
+    prompts: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
+    policy: tyro.conf.OmitArgPrefixes[PolicyOptions] = PolicyOptions()
+    load: tyro.conf.OmitArgPrefixes[LoadOptions] = LoadOptions()
+    max_tokens: int = 64
+    """Most output tokens per request."""
+    mode: Literal["greedy", "rejection", "coupled", "target_match", "block"] = "greedy"
+    """How drafts are accepted. The output has the target's law in all of them; all but greedy need --temperature.
+    greedy: the target's likeliest token, temperature 0.
+    rejection: by the ratio of the target's and the drafter's probability (speculative sampling).
+    coupled: if target and drafter, sampling with the same noise, agree; can be replayed exactly.
+    target_match: if the target's own sample is the drafter's likeliest token; can be replayed exactly.
+    block: whole drafts by rejection, a little longer than one by one; cannot be replayed."""
+    temperature: float = 0.0
+    """Of target and drafter; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this probability; 1 keeps all."""
+    allow_biased: bool = False
+    """Also run argmax and tetris under mode rejection or block, where they change the output: a negative control."""
+    anchors: bool = True
+    """Make the dense pass that replay needs (with a drafter; not after mode block or a biased run)."""
+    json: Path | None = None
+    """Also write the printed table as JSON rows here."""
+
+    def run(self) -> None:
+        """Run it."""
+        from dspark_sim.api import record
+
+        workload = self.load.load()
+        engine = self.model.load(self.load.concurrency if self.load.rate is None else 16)
+        trace = record(
+            self.prompts.load(),
+            policy=self.policy.load(engine.block_size),
+            workload=workload,
+            max_tokens=self.max_tokens,
+            mode=self.mode,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.load.seed,
+            allow_biased=self.allow_biased,
+            anchors=self.anchors,
+            out=self.out,
+            engine=engine,
+        )
+        print_summary(trace, self.json)
+        print(f"Wrote the trace to {self.out}.")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measure what iterations cost on this machine and fit a cost table."""
+
+    out: Path = Path("runs/cost.json")
+    """Cost table to write."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
+    prompts: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Numbers of users to measure at."""
+    max_tokens: int = 32
+    """Output tokens per request."""
+    seed: int = 0
+    """Of the draft and verify lengths tried."""
+    json: Path | None = None
+    """Also write the printed table as JSON rows here."""
+
+    def run(self) -> None:
+        """Run it."""
+        if not self.concurrency or min(self.concurrency) < 1:
+            raise UserError(f"concurrency is {self.concurrency}; give one or more positive numbers")
+        engine = self.model.load(max(self.concurrency))
+        cost = engine.profile(
+            self.prompts.load(), concurrency=self.concurrency, max_tokens=self.max_tokens, seed=self.seed
+        )
+        cost.write(self.out)
+        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size <= cost.verify.knots[-1]]
+        rows = [
+            {
+                "batch_tokens": size,
+                "verify_seconds": float(
+                    cost.verify.seconds(size, context_tokens=100 * min(size, 16), num_requests=min(size, 16))
+                ),
+            }
+            for size in sizes
+        ]
+        print_table(pd.DataFrame(rows), self.json)
+        error, held_out = (cost.provenance[f"verify_{name}_error"] for name in ("mean_abs", "leave_one_out"))
+        print(f"Mean absolute error of a step {error:.1%}, of a left-out batch size {held_out:.1%}. Wrote {self.out}.")
+
+
+@dataclass(frozen=True)
+class FitMargin:
+    """Learn how sure a drafter is from the gap between its two largest logits; for --confidence margin.
+
+    Decodes the prompts greedily, drafts a block at every position of the outputs, and fits
+    P(accept a draft) = logistic(intercept + slope * gap).
+    """
+
+    out: Path = Path("runs/margin.json")
+    """File for the two numbers."""
+    model: tyro.conf.OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
+    prompts: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
+    concurrency: int = 4
+    """Requests decoded at once; changes only how long it takes."""
+    max_tokens: int = 64
+    """Most output tokens per prompt."""
+    json: Path | None = None
+    """Also write the printed table as JSON rows here."""
+
+    def run(self) -> None:
+        """Run it."""
+        from dspark_sim.engine.margin import MARGIN, fit_margin, score_margin, write_margin
+        from dspark_sim.policy import Fixed
+        from dspark_sim.workload import ClosedLoop
+
+        prompts, workload = self.prompts.load(), ClosedLoop(self.concurrency)
+        engine = self.model.engine(self.concurrency, MARGIN)
+        if not engine.has_confidence:
+            raise UserError(f"drafter {engine.drafter_name} has no logits; choose dspark, dflash or a drafter's folder")
+        trace = engine.anchors(engine.record(prompts, Fixed(0), workload, max_tokens=self.max_tokens))
+        fitted, scores = fit_margin(trace), score_margin(trace)
+        write_margin(fitted, self.out, target=engine.target.name, drafter=engine.drafter_name)
+        values = {"intercept": fitted.intercept, "slope": fitted.slope, **asdict(scores)}
+        print_table(pd.Series(values, name="value").rename_axis("metric").reset_index(), self.json)
+        print(f"brier and auc are of outputs left out of the fit; brier_constant: of one number. Wrote {self.out}.")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Ratio to transformers' `generate`, and what recording costs."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
+    per_domain: int = 2
+    """Bundled prompts of each domain."""
+    max_tokens: int = 32
+    """Output tokens per prompt."""
+    repeats: int = 5
+    """Alternating repeats."""
+    json: Path | None = None
+    """Also write the table as JSON rows here."""
+
+    def run(self) -> None:
+        """Run it."""
+        from dspark_sim.engine.bench import generate_ratio, recording_overhead
+        from dspark_sim.workload import bundled_prompts
+
+        prompts = bundled_prompts(per_domain=self.per_domain)
+        engine = self.model.load(len(prompts))
+        print("Plain decoding at concurrency 1 against transformers generate (ratio above 1: this engine is faster)")
+        ratio = pd.DataFrame(generate_ratio(engine, prompts, self.max_tokens, self.repeats))
+        print_table(ratio)
+        print("\nRecording a trace")
+        overhead = pd.DataFrame(recording_overhead(engine, prompts, self.max_tokens, min(self.repeats, 3)))
+        print_table(overhead, None, {"recording_fraction": ".3%", "recording_fraction_high": ".3%"})
+        if self.json is not None:
+            write_rows(
+                pd.concat([ratio.assign(benchmark="generate"), overhead.assign(benchmark="recording")]), self.json
+            )

@@ -1,0 +1,100 @@
+"""How drafted tokens are chosen in each acceptance mode, and where their confidence comes from.
+
+``rejection`` and ``block`` draw from the drafter's law; ``coupled`` races it against the noise that the target will
+meet at the same position; ``greedy`` and ``target_match`` take the most probable token, which a target that chooses
+for itself agrees with most often. The live batch and the dense pass use the same rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.sampling import SamplingParams, draw, keyed_exponential, keyed_uniform, probabilities, race
+from dspark_sim.engine.verify import Mode
+
+IntArray = npt.NDArray[np.int64]
+Choose = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+ConfidenceKind = Literal["head", "top1", "margin"]
+
+
+@dataclass(frozen=True)
+class DraftRule:
+    """How to choose drafts.
+
+    Parameters
+    ----------
+    mode
+        Acceptance mode.
+    params
+        Sampling of target and drafter.
+    with_prob
+        Whether the probability of every drafted token is wanted.
+    """
+
+    mode: Mode = "greedy"
+    params: SamplingParams = field(default_factory=SamplingParams)
+    with_prob: bool = False
+
+    def choose(self, request_ids: IntArray, anchors: IntArray, token_ids: torch.Tensor) -> Choose:
+        """A function (slot, logits [N, Vd]) to (indices [N], law [N, Vd] that they were drawn from, or ``None``).
+
+        Parameters
+        ----------
+        request_ids, anchors
+            [N], keys of the random numbers; `anchors` are positions.
+        token_ids
+            [Vd] target ids of the draft vocabulary.
+        """
+        params = self.params
+
+        def most_probable(_slot: int, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return logits.argmax(dim=-1), None
+
+        def sample(slot: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            law = probabilities(logits, params)
+            return draw(law, keyed_uniform(params.seed, request_ids, anchors, "draft", slot)), law
+
+        def couple(slot: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            law = probabilities(logits, params)
+            return race(law, keyed_exponential(params.seed, request_ids, anchors + 1 + slot, token_ids)), law
+
+        if self.mode in ("rejection", "block"):
+            return sample
+        return couple if self.mode == "coupled" else most_probable
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Where P(accept k | all before k accepted) is read from; always before token k is chosen.
+
+    Parameters
+    ----------
+    kind
+        ``head``: the drafter's confidence head. ``top1``: probability of its most probable token. ``margin``: a
+        logistic function of the difference of its two largest logits.
+    intercept, slope
+        Of the logistic function; see `fit_margin`.
+    """
+
+    kind: ConfidenceKind = "head"
+    intercept: float = 0.0
+    slope: float = 1.0
+
+    def estimate(
+        self, network: BlockDrafter, hidden: torch.Tensor, embedding: torch.Tensor | None, logits: torch.Tensor
+    ) -> torch.Tensor | None:
+        """[N] estimates, or ``None`` where the drafter has no confidence head and `kind` asks for it."""
+        if self.kind == "head":
+            judged = network.confidence_logits(hidden, embedding)
+            return None if judged is None else judged.float().sigmoid()
+        if self.kind == "top1":
+            return logits.float().softmax(dim=-1).amax(dim=-1)
+        top = logits.float().topk(2, dim=-1).values
+        return (self.intercept + self.slope * (top[..., 0] - top[..., 1])).sigmoid()
