@@ -19,6 +19,7 @@ from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
 from dspark_sim.policy import SpeculationPolicy, parameters
+from dspark_sim.policy_ranked import LaggedPrefixScheduler
 from dspark_sim.provenance import provenance
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
@@ -96,6 +97,8 @@ def simulate(
         "source": "simulate",
         "mode": anchors.mode,
         "biased": loop.biased,
+        # Under rejection sampling a lagged budget sees drafts that a recording can only draw anew.
+        "approximate": anchors.mode == "rejection" and _is_lagged(policy),
         "policy": policy.label(),
         "policy_parameters": parameters(policy),
         "workload": {"kind": type(workload).__name__, **asdict(workload)},
@@ -113,6 +116,10 @@ def simulate(
     }
     # As it will be read back: lists, not tuples.
     return recorder.trace(json.loads(json.dumps(config)), provenance(seed=seed))
+
+
+def _is_lagged(policy: SpeculationPolicy) -> bool:
+    return isinstance(getattr(policy, "inner", policy), LaggedPrefixScheduler)
 
 
 def _run(loop: DecodeLoop, requests: list[Request], workload: Workload, bar: tqdm[Any]) -> None:
