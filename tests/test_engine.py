@@ -226,3 +226,15 @@ def test_the_first_sampled_token_has_the_law_of_the_target(engine):
     observed = np.append(counts[likely], counts[~likely].sum())
     wanted = 320 * np.append(law[likely], law[~likely].sum())
     assert stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dspark", "ngram"])
+@pytest.mark.parametrize("mode", ["rejection", "coupled", "target_match"])
+def test_sampled_runs_replay_with_their_rounds(engines, name, mode):
+    chosen = engines[name]
+    trace = _record(chosen, Fixed(5), 2, PROMPTS[:2], max_tokens=12, mode=mode, temperature=0.8, seed=2)
+    anchored = chosen.anchors(trace, progress=False)
+    probs = np.concatenate(anchored.anchors["accept_prob"].to_list())
+    assert ((probs >= 0) & (probs <= 1 + 1e-6)).all()
+    verdict = rounds_equal(trace, simulate(anchored, Fixed(5), ClosedLoop(2), CostModel(verify=COST)))
+    assert verdict, verdict.message

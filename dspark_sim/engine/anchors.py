@@ -217,7 +217,9 @@ def _network_blocks(
 ) -> DenseBlocks:
     network, gamma = drafter.network, drafter.block_size
     sequence = torch.from_numpy(tokens).to(target.device)[None]
-    logits, features = dense_target(target, sequence, drafter.feature_layers)
+    # Only these modes look at the target's probabilities; the output says the rest.
+    keep = 0 if rule.mode in ("rejection", "target_match") else 1
+    logits, features = dense_target(target, sequence, drafter.feature_layers, logits_to_keep=keep)
     truth = _truth(tokens, anchors, gamma)
     parts: list[DenseBlocks] = []
     for low in range(0, len(anchors), _ANCHORS_PER_PASS):

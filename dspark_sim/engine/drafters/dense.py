@@ -16,16 +16,22 @@ from dspark_sim.engine.models import Target
 
 
 @torch.no_grad()
-def dense_target(target: Target, tokens: torch.Tensor, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [S, L, V] and features [S, L, n·d] of whole sequences [S, L], right-padded with anything."""
+def dense_target(
+    target: Target, tokens: torch.Tensor, layers: Sequence[int], *, logits_to_keep: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [S, L, V] and features [S, L, n·d] of whole sequences [S, L], right-padded with anything.
+
+    `logits_to_keep` above 0 computes the logits of that many last positions only.
+    """
     captured: dict[int, torch.Tensor] = {}
     hooks = [target.capture(layer, captured) for layer in set(layers)]
     try:
-        logits = target.model(input_ids=tokens, use_cache=False).logits
+        logits = target.model(input_ids=tokens, use_cache=False, logits_to_keep=logits_to_keep).logits
     finally:
         for hook in hooks:
             hook.remove()
-    return logits, torch.cat([captured[layer] for layer in layers], dim=-1)
+    features = [captured[layer] for layer in layers]
+    return logits, torch.cat(features, dim=-1) if features else logits.new_zeros((*tokens.shape, 0))
 
 
 def dense_hidden(
