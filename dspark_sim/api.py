@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from dspark_sim.analysis import fidelity
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
+from dspark_sim.loop import Mode
 from dspark_sim.policy import Fixed, LoadView, SpeculationPolicy
 from dspark_sim.trace import Trace, refuse_foreign
 from dspark_sim.workload import ClosedLoop, Prompt, Workload, bundled_prompts
@@ -36,7 +37,7 @@ def record(
     workload: Workload | None = None,
     max_tokens: int = 64,
     per_domain: int | None = 4,
-    mode: Literal["greedy", "rejection", "coupled", "target_match", "block"] = "greedy",
+    mode: Mode = "greedy",
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,

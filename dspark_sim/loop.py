@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Spans = dict[str, float]
+Mode = Literal["greedy", "rejection", "coupled", "target_match", "block"]
+"""How drafts are accepted; `engine.verify` has the rules."""
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ class Executor(Protocol):
         ...
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> Mode:
         """Acceptance mode; under ``rejection`` and ``block`` a policy that looks at sampled tokens is biased."""
         ...
 

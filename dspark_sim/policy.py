@@ -162,12 +162,13 @@ class PrefixScheduler:
     an expectation of R emitted tokens. Admit pair after pair while the expected throughput
     Θ = (R + Σ survival) / seconds(B) strictly rises; stop at the first pair that does not raise it.
 
-    It is lossless because of the stop. Pairs are met in falling order of survival, so whether the pair (r, j) is
-    met and admitted depends only on survivals at least as large as its own: positions before j of the same
-    request, and positions of other requests. The confidence of position j is computed before token j is looked at
-    (it depends on the tokens before it), hence admission of token j never depends on token j. A global maximum of
-    Θ over all prefixes of the sorted list does look past j, at confidences that depend on token j, and biases the
-    output (paper, Appendix A).
+    It is lossless because of the stop. The largest survival left is always that of some request's next position,
+    and the confidence of that position is computed from the tokens before it. So the choice can be made step by
+    step: look at the next confidences, admit one draft, look at that draft, go on or stop. Each step adds a draft
+    that nothing looked at so far depends on, and one more verified draft changes no law on average; hence the
+    output of all requests together is the target's (docs/exactness.md). A global maximum of Θ over all prefixes of
+    the sorted list looks past a draft, at confidences that depend on it, before it admits it, and biases the output
+    (paper, Appendix A).
 
     `seconds(B)` is the time of a whole round: target pass, draft, and host. The draft has been paid when the
     choice is made, but it is part of what a round costs and so of the rate the choice maximises. Where a matrix

@@ -905,3 +905,10 @@ def test_rounds_without_drafts_run_end_to_end(policy: SpeculationPolicy) -> None
         live, toy_replay.replay(toy_replay.anchored(toy, live, "coupled", PARAMS), policy)
     )
     assert verdict, str(verdict)
+
+
+def test_the_g_test_takes_laws_with_impossible_cells():
+    law = np.array([0.5, 0.5, 0.0, 0.0])
+    possible = np.random.default_rng(0).integers(0, 2, (1000, 1))
+    assert statistical.g_test(possible, law).p_value > statistical.LEVEL
+    assert statistical.g_test(np.append(possible, [[3]], axis=0), law).p_value == 0.0

@@ -139,3 +139,9 @@ def test_an_odd_size_that_is_slow_does_not_stop_the_scheduler():
     survival = np.ones((1, 3))
     assert admit_prefixes(survival, np.array([1.0, 2.05, 2.05, 1.5])).tolist() == [0]
     assert PrefixScheduler(cost).start().verify_lens(one, survival).tolist() == [3]
+
+
+def test_a_draft_that_leaves_the_throughput_as_it_is_is_not_verified():
+    survival = np.array([[0.5, 0.5]])
+    # 1 / 1, then 1.5 / 1.5, which does not rise strictly; the second would.
+    assert admit_prefixes(survival, np.array([1.0, 1.5, 1.5])).tolist() == [0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import tyro
@@ -12,6 +11,7 @@ import tyro
 from dspark_sim.analysis.tables import write_rows
 from dspark_sim.commands.output import print_summary, print_table
 from dspark_sim.errors import UserError
+from dspark_sim.loop import Mode
 from dspark_sim.options import LoadOptions, ModelOptions, NetworkOptions, PolicyOptions, PromptOptions
 
 
@@ -27,7 +27,7 @@ class Record:
     load: tyro.conf.OmitArgPrefixes[LoadOptions] = LoadOptions()
     max_tokens: int = 64
     """Most output tokens per request."""
-    mode: Literal["greedy", "rejection", "coupled", "target_match", "block"] = "greedy"
+    mode: Mode = "greedy"
     """How drafts are accepted. The output has the target's law in all of them; all but greedy need --temperature.
     greedy: the target's likeliest token, temperature 0.
     rejection: by the ratio of the target's and the drafter's probability (speculative sampling).

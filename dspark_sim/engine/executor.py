@@ -22,7 +22,6 @@ from dspark_sim.engine.sampling import SamplingParams, draw, keyed_exponential, 
 from dspark_sim.engine.timing import SpanTimer
 from dspark_sim.engine.verify import (
     MATCHING_MODES,
-    Mode,
     SampledRound,
     accept_block,
     accept_matching,
@@ -30,7 +29,7 @@ from dspark_sim.engine.verify import (
     cut,
 )
 from dspark_sim.errors import UserError
-from dspark_sim.loop import DraftBatch, Prefilled, Verification
+from dspark_sim.loop import DraftBatch, Mode, Prefilled, Verification
 from dspark_sim.request import Request
 
 IntArray = npt.NDArray[np.int64]

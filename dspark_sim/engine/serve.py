@@ -24,9 +24,8 @@ from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.live import serve
 from dspark_sim.engine.models import EMBEDDED, Target, load_target
 from dspark_sim.engine.sampling import SamplingParams
-from dspark_sim.engine.verify import Mode
 from dspark_sim.errors import UserError
-from dspark_sim.loop import DecodeLoop
+from dspark_sim.loop import DecodeLoop, Mode
 from dspark_sim.policy import LoadView, SpeculationPolicy, parameters
 from dspark_sim.provenance import processor, provenance
 from dspark_sim.request import Request

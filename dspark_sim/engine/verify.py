@@ -19,15 +19,14 @@ docs/exactness.md argues each; `dspark-sim verify` checks each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dspark_sim.engine.sampling import SamplingParams, draw, keyed_uniform
+from dspark_sim.loop import Mode
 
-Mode = Literal["greedy", "rejection", "coupled", "target_match", "block"]
 MATCHING_MODES: tuple[Mode, ...] = ("greedy", "coupled", "target_match")
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_sim.engine.verify import Mode, acceptance, block_acceptance, block_weights
+from dspark_sim.engine.verify import acceptance, block_acceptance, block_weights
+from dspark_sim.loop import Mode
 from dspark_sim.policy import Controller, LoadView, SpeculationPolicy
 
 Array = npt.NDArray[np.float64]

@@ -6,15 +6,15 @@ exact by luck. Tables differ in shape, because a scheduler that stops early is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_sim.cost import CostModel, Curve
-from dspark_sim.engine.verify import Mode
 from dspark_sim.exactness.enumeration import World, output_law, total_variation
+from dspark_sim.loop import Mode
 from dspark_sim.policy import Fixed, LoadView, PrefixScheduler, SpeculationPolicy
 from dspark_sim.policy_history import AcceptanceEMA, BatchSizeTable, Goodput, Parked
 from dspark_sim.policy_ranked import ConfidenceThreshold, GlobalArgmax, LaggedPrefixScheduler, Oracle, Tetris
@@ -60,31 +60,28 @@ class Enumerated:
     num_worlds: int
 
 
-def enumerate_law(
-    policy: SpeculationPolicy, mode: Mode, num_requests: int, seeds: range, kind: type[World] = World
-) -> Enumerated:
+def enumerate_law(policy: SpeculationPolicy, mode: Mode, worlds: Sequence[World]) -> Enumerated:
     """Compare with the target's law; `greedy` with its most probable path."""
-    worst = 0.0
-    for seed in seeds:
-        # Every second world tempts: its confidences say much about the token before.
-        made = Tempting if seed % 2 else kind
-        # One request has room for three rounds with drafts, so that two-round-old confidences matter.
-        num_tokens = 5 if num_requests == 1 else 3
-        if mode == "coupled":
-            num_tokens = 3 if num_requests == 1 else 2
-        world = made(num_requests, 2, 2, seed)
+    num_requests, worst = worlds[0].num_requests, 0.0
+    # One request has room for three rounds with drafts, so that two-round-old confidences matter.
+    num_tokens = 5 if num_requests == 1 else 3
+    if mode == "coupled":
+        num_tokens = 3 if num_requests == 1 else 2
+    for world in worlds:
         expected = {world.greedy(num_tokens): 1.0} if mode == "greedy" else world.law(num_tokens)
         worst = max(worst, total_variation(output_law(world, policy, mode, num_tokens), expected))
-    return Enumerated(policy.label(), mode, num_requests, worst, len(seeds))
+    return Enumerated(policy.label(), mode, num_requests, worst, len(worlds))
 
 
 def exact_cases(num_worlds: int) -> Iterator[Enumerated]:
     """Every case that the design calls exact."""
     for num_requests in (1, 2):
+        # Every second world tempts: its confidences say much about the token before.
+        worlds = [(World, Tempting)[seed % 2](num_requests, 2, 2, seed) for seed in range(num_worlds)]
         for mode in MODES:
             peeking = [] if mode in ("rejection", "block") else peeking_policies()
             for policy in (*honest_policies(), *peeking):
-                yield enumerate_law(policy, mode, num_requests, range(num_worlds))
+                yield enumerate_law(policy, mode, worlds)
 
 
 class Tempting(World):
@@ -122,7 +119,7 @@ def biased_cases(num_worlds: int) -> Iterator[Enumerated]:
     for mode in modes:
         for policy, num_requests in cases:
             kind = Tempting if isinstance(policy, GlobalArgmax) else World
-            yield enumerate_law(policy, mode, num_requests, range(num_worlds), kind)
+            yield enumerate_law(policy, mode, [kind(num_requests, 2, 2, seed) for seed in range(num_worlds)])
 
 
 def appendix_a() -> tuple[float, float]:

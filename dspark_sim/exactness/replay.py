@@ -20,7 +20,7 @@ from dspark_sim.api import simulate
 from dspark_sim.cost import CostModel, Curve
 from dspark_sim.engine.explore import Explore
 from dspark_sim.engine.serve import Engine
-from dspark_sim.engine.verify import Mode
+from dspark_sim.loop import Mode
 from dspark_sim.policy import Fixed, PrefixScheduler, SpeculationPolicy
 from dspark_sim.policy_history import AcceptanceEMA, BatchSizeTable, Goodput, Parked
 from dspark_sim.policy_ranked import ConfidenceThreshold, GlobalArgmax, LaggedPrefixScheduler, Tetris
@@ -64,7 +64,7 @@ def policies(scale: Scale, mode: Mode) -> list[SpeculationPolicy]:
 
 
 class RealModel:
-    """Live runs of the embedded target, remembered by their settings."""
+    """Live runs of the embedded target, their anchors and their replays."""
 
     def __init__(self, engine: Engine, scale: Scale) -> None:
         self.engine, self.scale = engine, scale
@@ -87,9 +87,9 @@ class RealModel:
         """With dense anchors."""
         return self.engine.anchors(trace, progress=False)
 
-    def replay(self, trace: Trace, policy: SpeculationPolicy, concurrency: int | None = None) -> Trace:
+    def replay(self, trace: Trace, policy: SpeculationPolicy) -> Trace:
         """A simulated run of the same requests."""
-        return simulate(trace, policy=policy, cost=COST, concurrency=concurrency or self.scale.concurrency)
+        return simulate(trace, policy=policy, cost=COST, concurrency=self.scale.concurrency)
 
     def invariance(self, mode: Mode) -> tuple[int, int]:
         """Streams that equal plain decoding's under other policies and batches; (equal, compared)."""

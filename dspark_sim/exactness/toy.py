@@ -25,8 +25,7 @@ from dspark_sim.engine.executor import TorchExecutor
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.models import Target
 from dspark_sim.engine.sampling import SamplingParams, probabilities
-from dspark_sim.engine.verify import Mode
-from dspark_sim.loop import DecodeLoop
+from dspark_sim.loop import DecodeLoop, Mode
 from dspark_sim.policy import SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig

@@ -14,10 +14,9 @@ from dspark_sim.engine.drafters.block import RaggedBlockDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.explore import Explore
 from dspark_sim.engine.sampling import SamplingParams, probabilities
-from dspark_sim.engine.verify import Mode
 from dspark_sim.exactness.statistical import GTest, g_test
 from dspark_sim.exactness.toy import BLOCK_SIZE, PROMPT, Toy, one_thread
-from dspark_sim.loop import DecodeLoop
+from dspark_sim.loop import DecodeLoop, Mode
 from dspark_sim.policy import Fixed, SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig

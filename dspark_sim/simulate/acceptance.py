@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dspark_sim.errors import UserError
+from dspark_sim.loop import Mode
 from dspark_sim.request import FinishReason
 from dspark_sim.trace import Trace
 
@@ -92,7 +93,7 @@ class RecordedAnchors:
     draft_tokens: TokenArray
     confidence: FloatArray
     has_confidence: bool
-    mode: str = "greedy"
+    mode: Mode = "greedy"
     accept_prob: FloatArray | None = None
     draft_prob: FloatArray | None = None
 
@@ -136,7 +137,7 @@ class RecordedAnchors:
         UserError
             If the trace has no anchors, or those of an output are missing, incomplete or contradict it.
         """
-        mode = str(trace.config.get("mode", "greedy"))
+        mode: Mode = trace.config.get("mode", "greedy")
         table = trace.tables["anchors"]
         columns = ["request_id", "prompt_id", "domain", "prompt_len", "max_tokens", "output_len", "finish_reason"]
         requests = trace.tables["requests"].select(columns).sort_by("request_id").to_pylist()
@@ -177,7 +178,7 @@ def _assemble(
     table: pa.Table,
     prompts: Mapping[str, RecordedPrompt],
     request_prompts: tuple[str, ...],
-    mode: str,
+    mode: Mode,
 ) -> RecordedAnchors:
     draft_len = _lengths(table, "draft_tokens")
     num_accepted = _integers(table, "num_accepted")

@@ -13,7 +13,7 @@ import numpy as np
 
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
-from dspark_sim.loop import DraftBatch, IntArray, Prefilled, Verification
+from dspark_sim.loop import DraftBatch, IntArray, Mode, Prefilled, Verification
 from dspark_sim.request import Request
 from dspark_sim.simulate.acceptance import RecordedAnchors
 
@@ -66,7 +66,7 @@ class ReplayExecutor:
         return self.anchors.has_confidence
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> Mode:
         """Acceptance mode of the recording."""
         return self.anchors.mode
 

@@ -17,7 +17,7 @@ import torch
 
 from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.sampling import SamplingParams, draw, keyed_exponential, keyed_uniform, probabilities, race
-from dspark_sim.engine.verify import Mode
+from dspark_sim.loop import Mode
 
 IntArray = npt.NDArray[np.int64]
 Choose = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
