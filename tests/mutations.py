@@ -133,8 +133,8 @@ MUTATIONS = (
         "replayed-ratio",
         "dense anchors accept the output's token with min(1, p/q)",
         "engine/conditional.py",
-        "(u * p_y < q_y)",
-        "(u * q_y < p_y)",
+        "(u * p_y[:, slot] < q_y[:, slot])",
+        "(u * q_y[:, slot] < p_y[:, slot])",
         (
             EXACTNESS + "test_dense_blocks_have_the_law_of_the_drafter",
             EXACTNESS + "test_dense_blocks_have_their_law_given_the_output",

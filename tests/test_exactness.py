@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 from dspark_sim import loop  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
 from dspark_sim.engine.anchors import RecordedOutput, dense_anchors  # noqa: E402
-from dspark_sim.engine.conditional import Known, conditional_blocks  # noqa: E402
+from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule  # noqa: E402
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target  # noqa: E402
@@ -794,13 +794,12 @@ def test_dense_blocks_have_their_law_given_the_output() -> None:
     num, length = len(truths) * repeats, anchor + 1 + BLOCK_SIZE
     which = torch.arange(len(truths)).repeat_interleave(repeats)
     with torch.inference_mode():
+        hidden, outputs = worlds[0].hidden.expand(num, -1, -1), torch.tensor(truths).repeat_interleave(repeats, dim=0)
         blocks = conditional_blocks(
             toy.drafter,
-            worlds[0].hidden.expand(num, -1, -1),
-            torch.zeros(num, dtype=torch.long),
-            torch.cat([world.logits for world in worlds]),
+            OutputPath.of(worlds[0].network, hidden, torch.zeros(num, dtype=torch.long), outputs),
+            probabilities(torch.cat([world.logits for world in worlds]), SOFT),
             which[:, None] * length + anchor + torch.arange(BLOCK_SIZE),
-            np.repeat(truths, repeats, axis=0),
             [Known()] * num,
             DraftRule("rejection", SOFT, True),
             np.arange(num),

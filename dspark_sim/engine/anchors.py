@@ -1,8 +1,8 @@
 """Dense anchors: a block drafted at every position of recorded outputs, off the clock.
 
 Decoding is lossless, so the output does not depend on where blocks start; with a block at every position, any policy
-and any smaller block size can be replayed. Teacher-forced and batched: one target pass per recorded sequence, all
-its blocks together.
+and any smaller block size can be replayed. Teacher-forced and batched: one target pass over a group of recorded
+sequences of like length, then all blocks of a sequence together.
 
 * ``greedy``, ``coupled``, ``target_match``: the output is a function of the keys, and so is every block. A draft is
   accepted iff it is the output's token. Replay is exact.
@@ -14,7 +14,7 @@ its blocks together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from dspark_sim.engine.conditional import Known, conditional_blocks
+from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
+from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target
 from dspark_sim.engine.drafters.heads import run_head
@@ -37,6 +38,8 @@ from dspark_sim.errors import UserError
 from dspark_sim.trace import SCHEMAS, list_column
 
 _ANCHORS_PER_PASS = 64
+_TOKENS_PER_PASS = 1024
+_LOGITS_PER_PASS = 2**24
 IntArray = npt.NDArray[np.int64]
 
 
@@ -73,6 +76,21 @@ class RecordedOutput:
     prompt: list[int]
     output: list[int]
     rounds: dict[int, Known]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def num_anchors(self) -> int:
+        """Positions of the output but the last."""
+        return len(self.output) - 1
+
+    @property
+    def anchors(self) -> IntArray:
+        """Their positions."""
+        return len(self.prompt) + np.arange(self.num_anchors)
 
 
 def dense_anchors(
@@ -112,19 +130,31 @@ def dense_anchors(
             "block verification cannot be replayed from anchors: what it accepts depends on how much is verified; "
             "record with mode rejection, which has the same output law"
         )
-    columns: dict[str, list[np.ndarray]] = {"request_id": [], "position": []}
-    parts: list[DenseBlocks] = []
-    for request in tqdm(recorded, unit="request", desc="anchors", disable=not progress, leave=False):
-        num_anchors = len(request.output) - 1
-        if num_anchors < 1:
-            continue
-        anchors = len(request.prompt) + np.arange(num_anchors)
-        parts.append(_blocks(target, drafter, request, anchors, rule))
-        columns["request_id"].append(np.full(num_anchors, request.request_id))
-        columns["position"].append(anchors)
-    if not parts:
+    usable = [request for request in recorded if len(request.output) > 1]
+    if not usable:
         return SCHEMAS["anchors"].empty_table()
-    return _table(columns, parts, drafter.block_size)
+    found: dict[int, DenseBlocks] = {}
+    with tqdm(total=len(usable), unit="request", desc="anchors", disable=not progress, leave=False) as bar:
+        for group in _groups(usable):
+            for request, blocks in zip(group, _group_blocks(target, drafter, group, rule), strict=True):
+                found[request.request_id] = blocks
+            bar.update(len(group))
+    columns = {
+        "request_id": [np.full(request.num_anchors, request.request_id) for request in usable],
+        "position": [request.anchors for request in usable],
+    }
+    return _table(columns, [found[request.request_id] for request in usable], drafter.block_size)
+
+
+def _groups(requests: Sequence[RecordedOutput]) -> Iterator[list[RecordedOutput]]:
+    """Requests of like length, so many that their padded tokens fit a pass."""
+    group: list[RecordedOutput] = []
+    for request in sorted(requests, key=lambda request: request.num_tokens):
+        if group and (len(group) + 1) * request.num_tokens > _TOKENS_PER_PASS:
+            yield group
+            group = []
+        group.append(request)
+    yield group
 
 
 def _table(columns: dict[str, list[np.ndarray]], parts: list[DenseBlocks], gamma: int) -> pa.Table:
@@ -153,15 +183,46 @@ def _table(columns: dict[str, list[np.ndarray]], parts: list[DenseBlocks], gamma
     return pa.table([data[name] for name in schema.names], schema=schema)
 
 
-def _blocks(
-    target: Target, drafter: Drafter, request: RecordedOutput, anchors: IntArray, rule: DraftRule
-) -> DenseBlocks:
-    tokens = np.array(request.prompt + request.output)
-    if isinstance(drafter, NgramDrafter):
-        return _ngram_blocks(target, drafter, request, tokens, anchors, rule)
-    if isinstance(drafter, RaggedBlockDrafter):
-        return _network_blocks(target, drafter, request, tokens, anchors, rule)
-    raise UserError(f"drafter {drafter.name} has no dense pass; record it live instead")
+@torch.inference_mode()
+def _group_blocks(
+    target: Target, drafter: Drafter, group: Sequence[RecordedOutput], rule: DraftRule
+) -> Iterator[DenseBlocks]:
+    # Only these modes look at the target's probabilities; the output says the rest.
+    judged = rule.mode in ("rejection", "target_match")
+    network = isinstance(drafter, RaggedBlockDrafter)
+    if not network and not isinstance(drafter, NgramDrafter):
+        raise UserError(f"drafter {drafter.name} has no dense pass; record it live instead")
+    states = [_States(None, None)] * len(group)
+    if judged or network:
+        states = _target_pass(target, group, drafter.feature_layers, judged)
+    for request, state in zip(group, states, strict=True):
+        if isinstance(drafter, RaggedBlockDrafter):
+            yield _network_blocks(drafter, request, state, rule, target.device)
+        else:
+            assert isinstance(drafter, NgramDrafter)
+            yield _ngram_blocks(drafter, request, state, rule)
+
+
+@dataclass(slots=True)
+class _States:
+    """Of one request: logits [output, V] at and behind its first anchor's place, and features [tokens, n·d]."""
+
+    logits: torch.Tensor | None
+    features: torch.Tensor | None
+
+
+def _target_pass(target: Target, group: Sequence[RecordedOutput], layers: Sequence[int], judged: bool) -> list[_States]:
+    tokens = torch.zeros((len(group), max(request.num_tokens for request in group)), dtype=torch.long)
+    for row, request in enumerate(group):
+        tokens[row, : request.num_tokens] = torch.tensor(request.prompt + request.output)
+    hidden, features = dense_target(target, tokens.to(target.device), layers, with_hidden=judged)
+    return [
+        _States(
+            target.head(hidden[row, len(request.prompt) : request.num_tokens]) if judged else None,
+            features[row, : request.num_tokens],
+        )
+        for row, request in enumerate(group)
+    ]
 
 
 def _truth(tokens: IntArray, anchors: IntArray, gamma: int) -> IntArray:
@@ -174,21 +235,14 @@ def _matching(drafts: IntArray, lens: IntArray, truth: IntArray) -> tuple[IntArr
     return np.cumprod(matches, axis=1).sum(axis=1), matches
 
 
-@torch.inference_mode()
-def _ngram_blocks(
-    target: Target,
-    drafter: NgramDrafter,
-    request: RecordedOutput,
-    tokens: IntArray,
-    anchors: IntArray,
-    rule: DraftRule,
-) -> DenseBlocks:
+def _ngram_blocks(drafter: NgramDrafter, request: RecordedOutput, state: _States, rule: DraftRule) -> DenseBlocks:
     """Prompt lookup along the output: a draft is a point mass, so it is accepted iff it is the output's token.
 
     Given the output's token y and the draft d, rejection sampling accepts d with probability p(d), and then y = d;
     a rejected d is replaced by another token. So y tells whether d was accepted, in every mode.
     """
-    gamma = drafter.block_size
+    gamma, anchors = drafter.block_size, request.anchors
+    tokens = np.array(request.prompt + request.output)
     proposals = np.zeros((len(anchors), gamma), dtype=np.int64)
     lens = np.zeros(len(anchors), dtype=np.int64)
     for row, anchor in enumerate(anchors.tolist()):
@@ -197,60 +251,58 @@ def _ngram_blocks(
         lens[row] = len(found)
     num_accepted, matches = _matching(proposals, lens, _truth(tokens, anchors, gamma))
     accept_prob = matches.astype(np.float64)
-    if rule.mode in ("rejection", "target_match"):
-        logits, _ = dense_target(target, torch.from_numpy(tokens).to(target.device)[None], ())
-        law = probabilities(logits[0], rule.params)
-        rows = np.minimum(anchors[:, None] + np.arange(gamma), len(tokens) - 1)
+    if state.logits is not None:
+        law = probabilities(state.logits, rule.params)
+        rows = np.minimum(np.arange(len(anchors))[:, None] + np.arange(gamma), len(law) - 1)
         index = torch.from_numpy(rows).to(law.device), torch.from_numpy(proposals).to(law.device)
         accept_prob = law[index].double().cpu().numpy()
     return DenseBlocks(proposals, lens, num_accepted, accept_prob, draft_prob=np.ones(proposals.shape))
 
 
-@torch.inference_mode()
 def _network_blocks(
-    target: Target,
-    drafter: RaggedBlockDrafter,
-    request: RecordedOutput,
-    tokens: IntArray,
-    anchors: IntArray,
-    rule: DraftRule,
+    drafter: RaggedBlockDrafter, request: RecordedOutput, state: _States, rule: DraftRule, device: torch.device
 ) -> DenseBlocks:
-    network, gamma = drafter.network, drafter.block_size
-    sequence = torch.from_numpy(tokens).to(target.device)[None]
-    # Only these modes look at the target's probabilities; the output says the rest.
-    keep = 0 if rule.mode in ("rejection", "target_match") else 1
-    logits, features = dense_target(target, sequence, drafter.feature_layers, logits_to_keep=keep)
+    network, gamma, anchors = drafter.network, drafter.block_size, request.anchors
+    tokens = np.array(request.prompt + request.output)
+    sequence = torch.from_numpy(tokens).to(device)
+    assert state.features is not None
     truth = _truth(tokens, anchors, gamma)
+    # Position a + k judges slot k; positions past the output's end are never looked at.
+    law = None if state.logits is None else probabilities(state.logits, rule.params)
     parts: list[DenseBlocks] = []
-    for low in range(0, len(anchors), _ANCHORS_PER_PASS):
-        chosen = anchors[low : low + _ANCHORS_PER_PASS]
-        places = torch.from_numpy(chosen).to(target.device)
-        hidden = dense_hidden(network, sequence, features, places[None])[0]
-        wanted = truth[low : low + _ANCHORS_PER_PASS]
+    size = max(8, min(_ANCHORS_PER_PASS, _LOGITS_PER_PASS // (gamma * network.config.head_size)))
+    for low in range(0, len(anchors), size):
+        chosen = anchors[low : low + size]
+        places = torch.from_numpy(chosen).to(device)
+        hidden = dense_hidden(network, sequence[None], state.features[None], places[None])[0]
+        wanted = truth[low : low + size]
+        path = OutputPath.of(network, hidden, sequence[places], torch.from_numpy(wanted).to(device))
+        ids = np.full(len(chosen), request.request_id)
         lens = np.full(len(chosen), gamma, dtype=np.int64)
-        # Row a + k judges slot k; rows past the output's end are never looked at.
-        rows = (places[:, None] + torch.arange(gamma, device=places.device)).clamp(max=len(tokens) - 1)
+        rows = torch.arange(len(chosen), device=device)[:, None] + torch.arange(gamma, device=device)
+        rows = rows.clamp(max=len(request.output) - 1 - low)
+        here = None if law is None else law[low : low + size + gamma]
         confidence: Any
         draft_prob: Any
         if rule.mode == "rejection":
+            assert here is not None
             known = [request.rounds.get(anchor, Known()) for anchor in chosen.tolist()]
-            ids = np.full(len(chosen), request.request_id)
-            out = conditional_blocks(
-                drafter, hidden, sequence[0, places], logits[0], rows, wanted, known, rule, ids, chosen
-            )
+            out = conditional_blocks(drafter, path, here, rows, known, rule, ids, chosen)
             drafts, accept_prob, num_accepted = out.tokens, out.accept_prob, out.num_accepted
             confidence, draft_prob = out.confidence, out.draft_prob
         else:
-            choose = rule.choose(np.full(len(chosen), request.request_id), chosen, network.draft_token_ids)
-            head = run_head(network, hidden, sequence[0, places], choose, drafter.confidence, with_prob=True)
+            choose = rule.choose(ids, chosen, network.draft_token_ids)
+            head = run_head(
+                network, hidden, sequence[places], choose, drafter.confidence, with_prob=True, base=path.base
+            )
             drafts = head.tokens.cpu().numpy()
             num_accepted, matches = _matching(drafts, lens, wanted)
             accept_prob = matches.astype(np.float64)
-            if rule.mode == "target_match":
-                accept_prob = probabilities(logits[0], rule.params)[rows, head.tokens].double().cpu().numpy()
+            if here is not None:
+                accept_prob = here[rows, head.tokens].double().cpu().numpy()
             confidence = None if head.confidence is None else head.confidence.cpu().numpy()
             draft_prob = None if head.draft_prob is None else head.draft_prob.double().cpu().numpy()
-        rank = _target_rank(drafter, hidden, sequence[0], places)
+        rank = _target_rank(network, path)
         parts.append(DenseBlocks(drafts, lens, num_accepted, accept_prob, confidence, draft_prob, rank))
     return DenseBlocks(*(_joined([getattr(part, name) for part in parts]) for name in DenseBlocks.__slots__))
 
@@ -260,22 +312,14 @@ def _joined(arrays: list[npt.NDArray | None]) -> Any:
     return np.concatenate(known) if known else None
 
 
-def _target_rank(
-    drafter: RaggedBlockDrafter, hidden: torch.Tensor, sequence: torch.Tensor, places: torch.Tensor
-) -> IntArray:
+def _target_rank(network: BlockDrafter, path: OutputPath) -> IntArray:
     """Rank of the output's token among the candidates at each depth, along the output's own path, [M, γ].
 
     Tokens outside the draft vocabulary, and depths past the output's end, rank behind every candidate.
     """
-    network = drafter.network
     worst = network.config.head_size
-    padded = torch.nn.functional.pad(sequence, (0, drafter.block_size), value=-1)
-    path = places[:, None] + torch.arange(drafter.block_size, device=places.device)
-    embedding = network.previous_embedding(padded[path].clamp(min=0))
-    logits = network.markov_logits(network.base_logits(hidden), embedding)
-    truth = padded[path + 1]
-    index = network.target_to_draft[truth.clamp(min=0)].masked_fill(truth < 0, worst)
-    score = logits.gather(-1, index.clamp(max=worst - 1)[..., None])
-    rank = (logits > score).sum(dim=-1).masked_fill(index == worst, worst)
-    ranks: IntArray = rank.cpu().numpy()
+    index = network.target_to_draft[path.truth.clamp(min=0)].masked_fill(path.truth < 0, worst)
+    score = path.logits.gather(-1, index.clamp(max=worst - 1)[..., None])
+    rank = (path.logits > score).float().sum(dim=-1).long()  # exact, and ten times faster than a sum of booleans
+    ranks: IntArray = rank.masked_fill(index == worst, worst).cpu().numpy()
     return ranks

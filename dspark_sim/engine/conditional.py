@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
+from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.sampling import draw, keyed_uniform, probabilities
 
@@ -60,13 +62,39 @@ class ConditionalBlocks:
     draft_prob: npt.NDArray[np.float64]
 
 
+@dataclass(slots=True)
+class OutputPath:
+    """What the drafter says of M anchors' slots along the output itself.
+
+    Parameters
+    ----------
+    hidden, base
+        [M, γ, d] its hidden states, and [M, γ, Vd] their logits before the sequential head.
+    embedding, logits
+        Its embedding of the output's token before each slot ([M, γ, r], ``None`` for rank 0), and the logits given it.
+    truth
+        [M, γ] the output's tokens, -1 past its end.
+    """
+
+    hidden: torch.Tensor
+    base: torch.Tensor
+    embedding: torch.Tensor | None
+    logits: torch.Tensor
+    truth: torch.Tensor
+
+    @staticmethod
+    def of(network: BlockDrafter, hidden: torch.Tensor, anchor_tokens: torch.Tensor, truth: torch.Tensor) -> OutputPath:
+        """From hidden states [M, γ, d], the tokens at the anchors [M] and the output's tokens behind them [M, γ]."""
+        base = network.base_logits(hidden)
+        embedding = network.previous_embedding(torch.cat((anchor_tokens[:, None], truth[:, :-1].clamp(min=0)), dim=1))
+        return OutputPath(hidden, base, embedding, network.markov_logits(base, embedding), truth)
+
+
 def conditional_blocks(
     drafter: RaggedBlockDrafter,
-    hidden: torch.Tensor,
-    anchor_tokens: torch.Tensor,
-    target_logits: torch.Tensor,
+    path: OutputPath,
+    target_law: torch.Tensor,
     rows: torch.Tensor,
-    truth: IntArray,
     known: Sequence[Known],
     rule: DraftRule,
     request_ids: IntArray,
@@ -78,14 +106,10 @@ def conditional_blocks(
     ----------
     drafter
         A block drafter.
-    hidden
-        [M, γ, d] its hidden states at the anchors.
-    anchor_tokens
-        [M] tokens at the anchors.
-    target_logits, rows
-        [L, V] of the whole sequence, and [M, γ] the row that judges each slot.
-    truth
-        [M, γ] the output's tokens, -1 past its end.
+    path
+        What it says along the output.
+    target_law, rows
+        [L, V] the target's probabilities, and [M, γ] the row that judges each slot.
     known
         What live rounds settled, by anchor.
     rule
@@ -100,64 +124,65 @@ def conditional_blocks(
     """
     network, params = drafter.network, rule.params
     ids = network.draft_token_ids
-    device = hidden.device
-    num_anchors, gamma = truth.shape
-    outputs = torch.from_numpy(truth).to(device)
+    num_anchors, gamma = path.truth.shape
+    device = path.truth.device
     settled = torch.full((num_anchors, gamma), -1, dtype=torch.long)
     for row, one in enumerate(known):
         settled[row, : len(one.tokens)] = torch.tensor(one.tokens[:gamma], dtype=torch.long)
     settled = settled.to(device)
     settled_accepted = torch.tensor([one.num_accepted for one in known], device=device)
 
-    base = network.base_logits(hidden)
-    previous, path = anchor_tokens, anchor_tokens
-    alive = torch.ones(num_anchors, dtype=torch.bool, device=device)
-    num_accepted = torch.zeros(num_anchors, dtype=torch.long, device=device)
-    tokens, confidences, accept_probs, draft_probs = [], [], [], []
-    for slot in range(gamma):
-        # On the output's path, for accept_prob; while alive the drafted path is the same.
-        embedding = network.previous_embedding(previous)
-        logits = network.markov_logits(base[:, slot], embedding)
-        confidences.append(drafter.confidence.estimate(network, hidden[:, slot], embedding, logits))
-        q = probabilities(logits, params)
-        q_path = q
-        if not bool(alive.all()):
-            on_path = network.markov_logits(base[:, slot], network.previous_embedding(path))
-            q_path = probabilities(on_path, params)
-        p_all = probabilities(target_logits[rows[:, slot]], params)
-        p = p_all[:, ids]
-        accept_probs.append(torch.minimum(p, q_path).double().sum(dim=-1))
+    law = probabilities(path.logits, params)
+    p = target_law[:, ids][rows]
+    accept_prob = torch.minimum(p, law).sum(dim=-1).double()
+    index = network.target_to_draft[path.truth.clamp(min=0)]
+    inside = path.truth >= 0
+    in_draft = inside & (index < len(ids))
+    q_y = law.gather(-1, index.clamp(max=len(ids) - 1)[..., None])[..., 0].double().masked_fill(~in_draft, 0.0)
+    p_y = target_law[rows, path.truth.clamp(min=0)].double()
 
-        y = outputs[:, slot]
-        inside = y >= 0
-        index = network.target_to_draft[y.clamp(min=0)]
-        in_draft = index < len(ids)
-        index = index.clamp(max=len(ids) - 1)
-        q_y = torch.where(in_draft, q.gather(-1, index[:, None])[:, 0], 0.0).double()
-        p_y = p_all.gather(-1, y.clamp(min=0)[:, None])[:, 0].double()
-        u = torch.from_numpy(keyed_uniform(params.seed, request_ids, anchors, "replay_accept", slot)).to(device)
+    def uniform(purpose: Literal["replay_accept", "replay_draft"], slot: int) -> npt.NDArray[np.float64]:
+        return keyed_uniform(params.seed, request_ids, anchors, purpose, slot)
+
+    alive = torch.ones(num_anchors, dtype=torch.bool, device=device)
+    tokens = path.truth.clone()
+    draft_prob = q_y.clone()
+    num_accepted = torch.zeros(num_anchors, dtype=torch.long, device=device)
+    confidences = []
+    for slot in range(gamma):
         # u < min(1, q/p), also where rounding makes p(y) zero.
-        accepted = alive & inside & in_draft & (u * p_y < q_y)
+        u = torch.from_numpy(uniform("replay_accept", slot)).to(device)
+        accepted = alive & in_draft[:, slot] & (u * p_y[:, slot] < q_y[:, slot])
         is_settled = settled[:, slot] >= 0
         accepted = torch.where(is_settled & alive, slot < settled_accepted, accepted)
-
-        rest = (q - p).clamp(min=0.0)
-        rejected = alive & inside & (rest.sum(dim=-1) > 0)
-        law = torch.where(rejected[:, None], rest, q)
-        drawn = ids[draw(law, keyed_uniform(params.seed, request_ids, anchors, "replay_draft", slot))]
-        token = torch.where(accepted, y, drawn)
-        token = torch.where(is_settled, settled[:, slot], token)
-        tokens.append(token)
-        at = network.target_to_draft[token].clamp(max=len(ids) - 1)
-        draft_probs.append(q.gather(-1, at[:, None])[:, 0].double())
         num_accepted += accepted
+        # All other drafts are the drafter's: off the output's path its head runs on from what it drafted.
+        off = (~alive).nonzero()[:, 0]
+        q, logits = law[:, slot], path.logits[:, slot]
+        embedding = None if path.embedding is None else path.embedding[:, slot]
+        if len(off):
+            own = network.previous_embedding(tokens[off, slot - 1])
+            own_logits = network.markov_logits(path.base[off, slot], own)
+            q[off] = probabilities(own_logits, params)
+            if embedding is not None and own is not None:
+                embedding, logits = embedding.index_put((off,), own), logits.index_put((off,), own_logits)
+        confidences.append(drafter.confidence.estimate(network, path.hidden[:, slot], embedding, logits))
+        drawn = (~accepted).nonzero()[:, 0]
+        if len(drawn):
+            rest = (q[drawn] - p[drawn, slot]).clamp(min=0.0)
+            rejected = (alive & inside[:, slot])[drawn] & (rest.sum(dim=-1) > 0)
+            weights = torch.where(rejected[:, None], rest, q[drawn])
+            token = ids[draw(weights, uniform("replay_draft", slot)[drawn.cpu().numpy()])]
+            token = torch.where(is_settled[drawn], settled[drawn, slot], token)
+            tokens[drawn, slot] = token
+            at = network.target_to_draft[token].clamp(max=len(ids) - 1)
+            draft_prob[drawn, slot] = q[drawn, at].double()
         alive = accepted
-        previous, path = token, torch.where(inside, y, path)
     estimates = [one for one in confidences if one is not None]
     return ConditionalBlocks(
-        torch.stack(tokens, dim=1).cpu().numpy(),
+        tokens.cpu().numpy(),
         num_accepted.cpu().numpy(),
-        torch.stack(accept_probs, dim=1).cpu().numpy(),
+        accept_prob.cpu().numpy(),
         torch.stack(estimates, dim=1).cpu().numpy() if estimates else None,
-        torch.stack(draft_probs, dim=1).cpu().numpy(),
+        draft_prob.cpu().numpy(),
     )

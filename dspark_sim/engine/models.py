@@ -170,6 +170,12 @@ class Target:
             eos = self.tokenizer.eos_token_id
         return frozenset([eos] if isinstance(eos, int) else eos or [])
 
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of final hidden states [..., d]: the language model head, soft-capped where the family is."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def encode(self, turn: str, system: str | None = None) -> list[int]:
         """Token ids of a chat with one user turn, up to where the assistant starts."""
         messages = [{"role": "system", "content": system}] if system is not None else []

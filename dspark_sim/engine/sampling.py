@@ -23,6 +23,7 @@ _PURPOSES: dict[Purpose, int] = {
     **{"draft": 1, "accept": 2, "residual": 3, "bonus": 4, "gumbel": 5},
     **{"replay_draft": 6, "replay_accept": 7},
 }
+_NUCLEUS_CANDIDATES = 256
 _UINT64 = np.uint64
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -145,13 +146,25 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         floor = scaled.topk(params.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < floor, -torch.inf)
     probs = scaled.softmax(dim=-1)
-    if params.top_p < 1.0:
-        ordered, index = probs.sort(dim=-1, descending=True)
+    return probs if params.top_p == 1.0 else _nucleus(probs, params.top_p)
+
+
+def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the most probable tokens of each row [..., V] until their mass reaches `top_p`; the rest gets zero."""
+
+    def kept(rows: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ordered, index = rows.topk(num_candidates, dim=-1)
         before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= params.top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-        probs = probs / probs.sum(dim=-1, keepdim=True)
-    return probs
+        enough = before[:, -1] >= top_p
+        return torch.zeros_like(rows).scatter_(-1, index, ordered.masked_fill(before >= top_p, 0.0)), enough
+
+    rows = probs.flatten(0, -2)
+    # A sort of the whole vocabulary costs more than a pass of a small target; few candidates nearly always hold it.
+    few = min(_NUCLEUS_CANDIDATES, rows.shape[-1])
+    out, enough = kept(rows, few)
+    if few < rows.shape[-1] and not bool(enough.all()):
+        out[~enough] = kept(rows[~enough], rows.shape[-1])[0]
+    return (out / out.sum(dim=-1, keepdim=True)).view_as(probs)
 
 
 def draw(weights: torch.Tensor, uniforms: npt.NDArray[np.float64]) -> torch.Tensor:

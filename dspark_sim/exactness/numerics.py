@@ -89,9 +89,8 @@ def batch_and_padding(engine: Engine) -> Iterator[tuple[str, int, str, str, bool
         yield name, total, found, "all, within 1e-3", same == total and worst < 1e-3
 
 
-def anchor_rates(engine: Engine) -> tuple[float, float]:
+def anchor_rates(engine: Engine, trace: Trace) -> tuple[float, float]:
     """Anchors a second: the dense pass over a recording, and rounds of decoding that visit one anchor each."""
-    trace = _plain(engine, 3)
     start = perf_counter()
     anchored = engine.anchors(trace, progress=False)
     dense = len(anchored.anchors) / (perf_counter() - start)

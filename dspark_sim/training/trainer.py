@@ -259,7 +259,7 @@ class _Trainer:
         lens = torch.tensor([len(sequence.tokens) for sequence, _ in batch], device=device)
         anchors = torch.from_numpy(np.stack([anchors for _, anchors in batch])).to(device)
         tokens = tokens.to(device)
-        logits, features = dense_target(self.target, tokens, drafter.config.target_layer_ids)
+        final, features = dense_target(self.target, tokens, drafter.config.target_layer_ids)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
             hidden = dense_hidden(drafter, tokens, features, anchors)
             places = anchors[..., None] + torch.arange(config.block_size, device=device)
@@ -272,7 +272,7 @@ class _Trainer:
             draft_logits = drafter.markov_logits(drafter.base_logits(hidden), embedding)
             judged = drafter.confidence_logits(hidden, embedding)
         with torch.no_grad():
-            judged_by = logits[rows, places].flatten(0, 1).float()
+            judged_by = self.target.head(final[rows, places].flatten(0, 1)).float()
             norm = judged_by.logsumexp(dim=-1, keepdim=True)
             probs = (judged_by[..., drafter.draft_token_ids] - norm).exp()
         labels = labels.masked_fill(labels == drafter.config.head_size, -100)
@@ -381,7 +381,7 @@ def greedy_acceptance(drafter: BlockDrafter, target: Target, sequence: Sequence)
     device = target.device
     tokens = torch.from_numpy(sequence.tokens).to(device)[None]
     anchors = torch.arange(sequence.prompt_len, len(sequence.tokens) - 1, device=device)[None]
-    _, features = dense_target(target, tokens, drafter.config.target_layer_ids)
+    _, features = dense_target(target, tokens, drafter.config.target_layer_ids, with_hidden=False)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=target.dtype == torch.bfloat16):
         hidden = dense_hidden(drafter, tokens, features, anchors)[0]
         drafts = run_head(drafter, hidden, tokens[0, anchors[0]], greedy).tokens

@@ -7,6 +7,7 @@ the context before its anchor and itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +16,39 @@ from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.models import Target
 
 
+class _DeepEnough(Exception):
+    """Ends a forward pass that has all it was for."""
+
+
+def _stop(*_: object) -> None:
+    raise _DeepEnough
+
+
 @torch.no_grad()
 def dense_target(
-    target: Target, tokens: torch.Tensor, layers: Sequence[int], *, logits_to_keep: int = 0
+    target: Target, tokens: torch.Tensor, layers: Sequence[int], *, with_hidden: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [S, L, V] and features [S, L, n·d] of whole sequences [S, L], right-padded with anything.
+    """Final hidden states [S, L, d] and features [S, L, n·d] of whole sequences [S, L], right-padded with anything.
 
-    `logits_to_keep` above 0 computes the logits of that many last positions only.
+    `Target.head` turns the former into logits. Without them (`with_hidden` ``False``, the tensor is empty) nothing
+    above the deepest of `layers` is computed.
     """
     captured: dict[int, torch.Tensor] = {}
     hooks = [target.capture(layer, captured) for layer in set(layers)]
+    hidden = torch.zeros((*tokens.shape, 0), dtype=target.dtype, device=tokens.device)
     try:
-        logits = target.model(input_ids=tokens, use_cache=False, logits_to_keep=logits_to_keep).logits
+        if with_hidden:
+            hidden = target.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        elif layers:
+            if max(layers) >= 0:
+                hooks.append(target.layers[max(layers)].register_forward_hook(_stop))
+            with suppress(_DeepEnough):
+                target.model.get_decoder()(input_ids=tokens, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     features = [captured[layer] for layer in layers]
-    return logits, torch.cat(features, dim=-1) if features else logits.new_zeros((*tokens.shape, 0))
+    return hidden, torch.cat(features, dim=-1) if features else hidden[..., :0]
 
 
 def dense_hidden(

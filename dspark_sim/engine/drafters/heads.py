@@ -40,6 +40,7 @@ def run_head(
     confidence: Confidence | None = None,
     *,
     with_prob: bool = False,
+    base: torch.Tensor | None = None,
 ) -> HeadOutput:
     """Draft k tokens behind each anchor.
 
@@ -57,9 +58,11 @@ def run_head(
         Where confidence comes from; ``None`` means the confidence head.
     with_prob
         Whether `draft_prob` is wanted.
+    base
+        [N, k, Vd] logits before the sequential head, where they are known already.
     """
     judge = confidence or Confidence()
-    base = drafter.base_logits(hidden)
+    base = drafter.base_logits(hidden) if base is None else base
     tokens, confidences, laws, probs = [], [], [], []
     previous = anchors
     for slot in range(hidden.shape[1]):
