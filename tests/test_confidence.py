@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig  # noqa: E402
 from dspark_sim.engine.drafters.choose import Confidence  # noqa: E402
 from dspark_sim.engine.drafters.heads import run_head  # noqa: E402
+from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
 from dspark_sim.engine.margin import MARGIN, fit_margin, read_margin, score_margin, write_margin  # noqa: E402
 from dspark_sim.errors import UserError  # noqa: E402
 from dspark_sim.policy import Fixed  # noqa: E402
@@ -204,7 +205,9 @@ def heads_up_to(drafter, confidence, hidden, tokens):
     def forced(slot, logits):
         return tokens[:, slot], None
 
-    return run_head(drafter, hidden, torch.zeros(len(tokens), dtype=torch.long), forced, confidence).confidence
+    anchors = torch.zeros(len(tokens), dtype=torch.long)
+    walk = BlockWalk(drafter, hidden)
+    return run_head(drafter, walk, anchors, hidden.shape[1], forced, confidence).confidence
 
 
 @pytest.mark.parametrize("markov_rank", [0, 5])

@@ -26,6 +26,7 @@ from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule  # noqa: E402
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target  # noqa: E402
 from dspark_sim.engine.drafters.heads import run_head  # noqa: E402
+from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
 from dspark_sim.engine.sampling import (  # noqa: E402
     SamplingParams,
     draw,
@@ -493,8 +494,9 @@ def test_a_confidence_is_made_before_its_token(kind: Any) -> None:
 
     def drafted(tokens: Sequence[int]) -> Any:
         forced = [torch.full((50,), token) for token in tokens]
+        walk = BlockWalk(drafter.network, hidden)
         return run_head(
-            drafter.network, hidden, anchors, lambda slot, _: (forced[slot], None), Confidence(kind)
+            drafter.network, walk, anchors, BLOCK_SIZE, lambda slot, _: (forced[slot], None), Confidence(kind)
         ).confidence
 
     base = drafted([0, 0, 0])
@@ -767,7 +769,6 @@ class _Along:
             self.logits = toy.target.model(input_ids=self.tokens, use_cache=False).logits[0]
             _, features = dense_target(toy.target, self.tokens, toy.drafter.feature_layers)
             self.hidden = dense_hidden(self.network, self.tokens, features, torch.tensor([[anchor]]))[0]
-            self.base = self.network.base_logits(self.hidden)[0]
 
     def target(self, request: int, path: Path) -> FloatArray:
         law: FloatArray = probabilities(self.logits[self.anchor + len(path)], SOFT).double().numpy()
@@ -775,9 +776,8 @@ class _Along:
 
     @torch.inference_mode()
     def drafter(self, request: int, path: Path) -> FloatArray:
-        previous = torch.tensor([path[-1] if path else int(self.tokens[0, self.anchor])])
-        embedding = self.network.previous_embedding(previous)
-        logits = self.network.markov_logits(self.base[len(path)][None], embedding)[0]
+        previous = torch.tensor([[int(self.tokens[0, self.anchor]), *path]])
+        logits = BlockWalk(self.network, self.hidden).along(previous).logits[0, -1]
         law: FloatArray = probabilities(logits, SOFT).double().numpy()
         return law
 
@@ -795,9 +795,17 @@ def test_dense_blocks_have_their_law_given_the_output() -> None:
     which = torch.arange(len(truths)).repeat_interleave(repeats)
     with torch.inference_mode():
         hidden, outputs = worlds[0].hidden.expand(num, -1, -1), torch.tensor(truths).repeat_interleave(repeats, dim=0)
+        network, zeros = worlds[0].network, torch.zeros(num, dtype=torch.long)
+
+        def start() -> BlockWalk:
+            return BlockWalk(network, hidden)
+
         blocks = conditional_blocks(
-            toy.drafter,
-            OutputPath.of(worlds[0].network, hidden, torch.zeros(num, dtype=torch.long), outputs),
+            network,
+            toy.drafter.confidence,
+            start,
+            zeros,
+            OutputPath.of(start, zeros, outputs),
             probabilities(torch.cat([world.logits for world in worlds]), SOFT),
             which[:, None] * length + anchor + torch.arange(BLOCK_SIZE),
             [Known()] * num,

@@ -15,6 +15,7 @@ from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterCon
 from dspark_sim.engine.drafters.choose import DraftRule  # noqa: E402
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target  # noqa: E402
 from dspark_sim.engine.drafters.heads import greedy, run_head  # noqa: E402
+from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
 from dspark_sim.engine.kv_cache import SlotCache  # noqa: E402
 from dspark_sim.engine.models import Target  # noqa: E402
 from dspark_sim.engine.timing import SpanTimer  # noqa: E402
@@ -196,7 +197,7 @@ def test_the_dense_pass_equals_the_ragged_drafter(target, draft_vocab_size, mark
             dense = dense_hidden(network, tokens, features[row][None], anchor)[0]
             hidden_seen.clear()
             torch.testing.assert_close(ragged_hidden[row], dense[0], rtol=1e-8, atol=1e-9)
-            out = run_head(network, dense, tokens[0, anchor[0]], greedy)
+            out = run_head(network, BlockWalk(network, dense), tokens[0, anchor[0]], 4, greedy)
             assert drafted.tokens[row].tolist() == out.tokens[0].tolist()
             if markov_rank:
                 np.testing.assert_allclose(drafted.confidence[row], out.confidence[0].numpy(), rtol=1e-5)

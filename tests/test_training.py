@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from dspark_sim.engine.drafters.block_model import BlockDrafter, load_drafter, save_drafter  # noqa: E402
+from dspark_sim.engine.drafters.block_model import BlockDrafter  # noqa: E402
+from dspark_sim.engine.drafters.checkpoint import load_drafter, save_drafter  # noqa: E402
 from dspark_sim.errors import UserError  # noqa: E402
 from dspark_sim.training import trainer  # noqa: E402
 from dspark_sim.training.synthesis import SCHEMA, SynthesisConfig, synthesise  # noqa: E402

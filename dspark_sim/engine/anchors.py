@@ -27,10 +27,10 @@ from tqdm import tqdm
 from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
-from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
-from dspark_sim.engine.drafters.dense import dense_hidden, dense_target
+from dspark_sim.engine.drafters.dense import dense_target, dense_walks
 from dspark_sim.engine.drafters.heads import run_head
+from dspark_sim.engine.drafters.network import DraftNetwork
 from dspark_sim.engine.drafters.ngram import NgramDrafter
 from dspark_sim.engine.models import Target
 from dspark_sim.engine.sampling import probabilities
@@ -274,9 +274,9 @@ def _network_blocks(
     for low in range(0, len(anchors), size):
         chosen = anchors[low : low + size]
         places = torch.from_numpy(chosen).to(device)
-        hidden = dense_hidden(network, sequence[None], state.features[None], places[None])[0]
+        start = dense_walks(network, sequence, state.features, places)
         wanted = truth[low : low + size]
-        path = OutputPath.of(network, hidden, sequence[places], torch.from_numpy(wanted).to(device))
+        path = OutputPath.of(start, sequence[places], torch.from_numpy(wanted).to(device))
         ids = np.full(len(chosen), request.request_id)
         lens = np.full(len(chosen), gamma, dtype=np.int64)
         rows = torch.arange(len(chosen), device=device)[:, None] + torch.arange(gamma, device=device)
@@ -287,14 +287,24 @@ def _network_blocks(
         if rule.mode == "rejection":
             assert here is not None
             known = [request.rounds.get(anchor, Known()) for anchor in chosen.tolist()]
-            out = conditional_blocks(drafter, path, here, rows, known, rule, ids, chosen)
+            out = conditional_blocks(
+                network,
+                drafter.confidence,
+                start,
+                sequence[places],
+                path,
+                here,
+                rows,
+                known,
+                rule,
+                ids,
+                chosen,
+            )
             drafts, accept_prob, num_accepted = out.tokens, out.accept_prob, out.num_accepted
             confidence, draft_prob = out.confidence, out.draft_prob
         else:
             choose = rule.choose(ids, chosen, network.draft_token_ids)
-            head = run_head(
-                network, hidden, sequence[places], choose, drafter.confidence, with_prob=True, base=path.base
-            )
+            head = run_head(network, start(), sequence[places], gamma, choose, drafter.confidence, with_prob=True)
             drafts = head.tokens.cpu().numpy()
             num_accepted, matches = _matching(drafts, lens, wanted)
             accept_prob = matches.astype(np.float64)
@@ -312,14 +322,14 @@ def _joined(arrays: list[npt.NDArray | None]) -> Any:
     return np.concatenate(known) if known else None
 
 
-def _target_rank(network: BlockDrafter, path: OutputPath) -> IntArray:
+def _target_rank(network: DraftNetwork, path: OutputPath) -> IntArray:
     """Rank of the output's token among the candidates at each depth, along the output's own path, [M, γ].
 
     Tokens outside the draft vocabulary, and depths past the output's end, rank behind every candidate.
     """
     worst = network.config.head_size
     index = network.target_to_draft[path.truth.clamp(min=0)].masked_fill(path.truth < 0, worst)
-    score = path.logits.gather(-1, index.clamp(max=worst - 1)[..., None])
-    rank = (path.logits > score).float().sum(dim=-1).long()  # exact, and ten times faster than a sum of booleans
+    score = path.said.logits.gather(-1, index.clamp(max=worst - 1)[..., None])
+    rank = (path.said.logits > score).float().sum(dim=-1).long()  # exact, and ten times faster than a sum of booleans
     ranks: IntArray = rank.masked_fill(index == worst, worst).cpu().numpy()
     return ranks

@@ -5,9 +5,9 @@ law q at slot k are those of the output's own prefix, P(accept and y) = min(p, q
 
     P(accepted | y) = min(1, q(y) / p(y)).
 
-A rejected draft follows the normalised (q - p)₊, whatever y is, and later drafts follow the drafter from there; only
-the sequential head runs on, since the backbone's hidden states do not depend on drafted tokens. Random numbers are
-keyed by (request, anchor, slot) under purposes of their own: the live run's decided the output.
+A rejected draft follows the normalised (q - p)₊, whatever y is, and later drafts follow the drafter from there (of a
+block drafter only the sequential head runs on: the backbone's hidden states do not depend on drafted tokens). Random
+numbers are keyed by (request, anchor, slot) under purposes of their own: the live run's decided the output.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sim.engine.drafters.block import RaggedBlockDrafter
-from dspark_sim.engine.drafters.block_model import BlockDrafter
-from dspark_sim.engine.drafters.choose import DraftRule
+from dspark_sim.engine.drafters.choose import Confidence, DraftRule
+from dspark_sim.engine.drafters.network import DraftNetwork
+from dspark_sim.engine.drafters.walk import Slots, WalkStart
 from dspark_sim.engine.sampling import draw, keyed_uniform, probabilities
 
 IntArray = npt.NDArray[np.int64]
@@ -68,30 +68,27 @@ class OutputPath:
 
     Parameters
     ----------
-    hidden, base
-        [M, γ, d] its hidden states, and [M, γ, Vd] their logits before the sequential head.
-    embedding, logits
-        Its embedding of the output's token before each slot ([M, γ, r], ``None`` for rank 0), and the logits given it.
+    said
+        [M, γ, ...].
     truth
         [M, γ] the output's tokens, -1 past its end.
     """
 
-    hidden: torch.Tensor
-    base: torch.Tensor
-    embedding: torch.Tensor | None
-    logits: torch.Tensor
+    said: Slots
     truth: torch.Tensor
 
     @staticmethod
-    def of(network: BlockDrafter, hidden: torch.Tensor, anchor_tokens: torch.Tensor, truth: torch.Tensor) -> OutputPath:
-        """From hidden states [M, γ, d], the tokens at the anchors [M] and the output's tokens behind them [M, γ]."""
-        base = network.base_logits(hidden)
-        embedding = network.previous_embedding(torch.cat((anchor_tokens[:, None], truth[:, :-1].clamp(min=0)), dim=1))
-        return OutputPath(hidden, base, embedding, network.markov_logits(base, embedding), truth)
+    def of(start: WalkStart, anchor_tokens: torch.Tensor, truth: torch.Tensor) -> OutputPath:
+        """From walks at the anchors, the tokens there [M] and the output's tokens behind them [M, γ]."""
+        previous = torch.cat((anchor_tokens[:, None], truth[:, :-1].clamp(min=0)), dim=1)
+        return OutputPath(start().along(previous), truth)
 
 
 def conditional_blocks(
-    drafter: RaggedBlockDrafter,
+    network: DraftNetwork,
+    confidence: Confidence,
+    start: WalkStart,
+    anchor_tokens: torch.Tensor,
     path: OutputPath,
     target_law: torch.Tensor,
     rows: torch.Tensor,
@@ -104,8 +101,10 @@ def conditional_blocks(
 
     Parameters
     ----------
-    drafter
-        A block drafter.
+    network, confidence
+        A drafter, and where its confidence comes from.
+    start, anchor_tokens
+        Its walks at the anchors, and the tokens there [M].
     path
         What it says along the output.
     target_law, rows
@@ -122,7 +121,7 @@ def conditional_blocks(
     blocks
         `accept_prob` is 1 - TV(p, q) on the output's path, the probability before the output was known.
     """
-    network, params = drafter.network, rule.params
+    params = rule.params
     ids = network.draft_token_ids
     num_anchors, gamma = path.truth.shape
     device = path.truth.device
@@ -132,7 +131,7 @@ def conditional_blocks(
     settled = settled.to(device)
     settled_accepted = torch.tensor([one.num_accepted for one in known], device=device)
 
-    law = probabilities(path.logits, params)
+    law = probabilities(path.said.logits, params)
     p = target_law[:, ids][rows]
     accept_prob = torch.minimum(p, law).sum(dim=-1).double()
     index = network.target_to_draft[path.truth.clamp(min=0)]
@@ -145,10 +144,11 @@ def conditional_blocks(
         return keyed_uniform(params.seed, request_ids, anchors, purpose, slot)
 
     alive = torch.ones(num_anchors, dtype=torch.bool, device=device)
-    tokens = path.truth.clone()
+    tokens = path.truth.clamp(min=0)
     draft_prob = q_y.clone()
     num_accepted = torch.zeros(num_anchors, dtype=torch.long, device=device)
     confidences = []
+    walk, previous = start(), anchor_tokens
     for slot in range(gamma):
         # u < min(1, q/p), also where rounding makes p(y) zero.
         u = torch.from_numpy(uniform("replay_accept", slot)).to(device)
@@ -156,17 +156,17 @@ def conditional_blocks(
         is_settled = settled[:, slot] >= 0
         accepted = torch.where(is_settled & alive, slot < settled_accepted, accepted)
         num_accepted += accepted
-        # All other drafts are the drafter's: off the output's path its head runs on from what it drafted.
+        # Off the output's path, where a draft was rejected before, the drafter runs on from what it drafted.
         off = (~alive).nonzero()[:, 0]
-        q, logits = law[:, slot], path.logits[:, slot]
-        embedding = None if path.embedding is None else path.embedding[:, slot]
+        own = walk.step(previous, off)
+        q, logits, hidden = law[:, slot], path.said.logits[:, slot], path.said.hidden[:, slot]
+        embedding = None if path.said.embedding is None else path.said.embedding[:, slot]
         if len(off):
-            own = network.previous_embedding(tokens[off, slot - 1])
-            own_logits = network.markov_logits(path.base[off, slot], own)
-            q[off] = probabilities(own_logits, params)
-            if embedding is not None and own is not None:
-                embedding, logits = embedding.index_put((off,), own), logits.index_put((off,), own_logits)
-        confidences.append(drafter.confidence.estimate(network, path.hidden[:, slot], embedding, logits))
+            q[off] = probabilities(own.logits, params)
+            logits, hidden = logits.index_put((off,), own.logits), hidden.index_put((off,), own.hidden)
+            if embedding is not None and own.embedding is not None:
+                embedding = embedding.index_put((off,), own.embedding)
+        confidences.append(confidence.estimate(network, hidden, embedding, logits))
         drawn = (~accepted).nonzero()[:, 0]
         if len(drawn):
             rest = (q[drawn] - p[drawn, slot]).clamp(min=0.0)
@@ -177,7 +177,7 @@ def conditional_blocks(
             tokens[drawn, slot] = token
             at = network.target_to_draft[token].clamp(max=len(ids) - 1)
             draft_prob[drawn, slot] = q[drawn, at].double()
-        alive = accepted
+        alive, previous = accepted, tokens[:, slot]
     estimates = [one for one in confidences if one is not None]
     return ConditionalBlocks(
         tokens.cpu().numpy(),

@@ -15,7 +15,7 @@ from dspark_sim.engine.anchors import RecordedOutput, dense_anchors
 from dspark_sim.engine.conditional import Known
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
-from dspark_sim.engine.drafters.block_model import load_drafter
+from dspark_sim.engine.drafters.checkpoint import load_drafter
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
 from dspark_sim.engine.drafters.ngram import NgramDrafter
 from dspark_sim.engine.executor import TorchExecutor

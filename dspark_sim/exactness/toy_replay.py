@@ -114,20 +114,19 @@ def block_law(toy: Toy, params: SamplingParams, num_requests: int) -> GTest:
 
 def _drafter_law(toy: Toy, anchor: int, params: SamplingParams) -> npt.NDArray[np.float64]:
     """Exact joint law of a block behind the prompt and one token, flat [V ** γ]."""
-    from dspark_sim.engine.drafters.dense import dense_hidden, dense_target
+    from dspark_sim.engine.drafters.dense import dense_target, dense_walks
 
     assert isinstance(toy.drafter, RaggedBlockDrafter)
     network = toy.drafter.network
     tokens = torch.tensor([[*PROMPT, anchor]])
     _, features = dense_target(toy.target, tokens, toy.drafter.feature_layers)
-    hidden = dense_hidden(network, tokens, features, torch.tensor([[len(PROMPT)]]))[0, 0]
-    base = network.base_logits(hidden)
-    size = base.shape[-1]
-    joint, previous = np.ones(1), torch.tensor([anchor])
+    place = torch.tensor([len(PROMPT)])
+    joint = np.ones(1)
     for slot in range(BLOCK_SIZE):
-        logits = network.markov_logits(base[slot].expand(len(previous), -1), network.previous_embedding(previous))
-        joint = (joint[:, None] * probabilities(logits, params).double().numpy()).ravel()
-        previous = torch.arange(size).repeat(len(previous))
+        # A row for every beginning of a block, walked from the anchor on.
+        paths = torch.cartesian_prod(torch.tensor([anchor]), *[torch.arange(4)] * slot).view(4**slot, slot + 1)
+        said = dense_walks(network, tokens[0], features[0], place.expand(len(paths)))().along(paths)
+        joint = (joint[:, None] * probabilities(said.logits[:, -1], params).double().numpy()).ravel()
     law: npt.NDArray[np.float64] = joint / joint.sum()
     return law
 

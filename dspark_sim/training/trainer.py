@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig, save_drafter
-from dspark_sim.engine.drafters.dense import dense_hidden, dense_target
+from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig
+from dspark_sim.engine.drafters.checkpoint import save_drafter
+from dspark_sim.engine.drafters.dense import dense_target, dense_walks, teacher_forced
 from dspark_sim.engine.drafters.heads import greedy, run_head
 from dspark_sim.engine.models import EMBEDDED, Target, load_target
 from dspark_sim.errors import UserError, explain_os_errors
@@ -261,16 +262,12 @@ class _Trainer:
         tokens = tokens.to(device)
         final, features = dense_target(self.target, tokens, drafter.config.target_layer_ids)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            hidden = dense_hidden(drafter, tokens, features, anchors)
-            places = anchors[..., None] + torch.arange(config.block_size, device=device)
-            valid = places + 1 < lens[:, None, None]
-            places = places.clamp(max=length - 2)
-            rows = torch.arange(len(batch), device=device)[:, None, None]
-            previous = tokens[rows, places]
-            labels = drafter.target_to_draft[tokens[rows, places + 1]]
-            embedding = drafter.previous_embedding(previous)
-            draft_logits = drafter.markov_logits(drafter.base_logits(hidden), embedding)
-            judged = drafter.confidence_logits(hidden, embedding)
+            draft_logits, judged = teacher_forced(drafter, tokens, features, anchors)
+        places = anchors[..., None] + torch.arange(config.block_size, device=device)
+        valid = places + 1 < lens[:, None, None]
+        places = places.clamp(max=length - 2)
+        rows = torch.arange(len(batch), device=device)[:, None, None]
+        labels = drafter.target_to_draft[tokens[rows, places + 1]]
         with torch.no_grad():
             judged_by = self.target.head(final[rows, places].flatten(0, 1)).float()
             norm = judged_by.logsumexp(dim=-1, keepdim=True)
@@ -383,9 +380,9 @@ def greedy_acceptance(drafter: BlockDrafter, target: Target, sequence: Sequence)
     anchors = torch.arange(sequence.prompt_len, len(sequence.tokens) - 1, device=device)[None]
     _, features = dense_target(target, tokens, drafter.config.target_layer_ids, with_hidden=False)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=target.dtype == torch.bfloat16):
-        hidden = dense_hidden(drafter, tokens, features, anchors)[0]
-        drafts = run_head(drafter, hidden, tokens[0, anchors[0]], greedy).tokens
-    gamma = drafter.config.block_size
+        walk = dense_walks(drafter, tokens[0], features[0], anchors[0])()
+        gamma = drafter.config.block_size
+        drafts = run_head(drafter, walk, tokens[0, anchors[0]], gamma, greedy).tokens
     padded = torch.nn.functional.pad(tokens[0], (0, gamma), value=-1)
     truth = padded[anchors[0][:, None] + 1 + torch.arange(gamma, device=device)]
     return (drafts == truth).cumprod(dim=1).sum(dim=1).cpu().numpy()

@@ -17,6 +17,7 @@ from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
 from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
 from dspark_sim.engine.drafters.heads import run_head
+from dspark_sim.engine.drafters.walk import BlockWalk
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.timing import SpanTimer
 
@@ -104,7 +105,8 @@ class RaggedBlockDrafter:
         with timer.span("head"):
             ids = np.array([state.request_id for state in states])
             choose = rule.choose(ids, positions, self.network.draft_token_ids)
-            out = run_head(self.network, hidden, anchors, choose, self.confidence, with_prob=rule.with_prob)
+            walk = BlockWalk(self.network, hidden)
+            out = run_head(self.network, walk, anchors, draft_len, choose, self.confidence, with_prob=rule.with_prob)
             tokens = out.tokens.cpu().numpy()
             confidence, prob = (
                 None if x is None else x.double().cpu().numpy() for x in (out.confidence, out.draft_prob)

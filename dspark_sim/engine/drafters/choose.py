@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.drafters.network import DraftNetwork
 from dspark_sim.engine.sampling import SamplingParams, draw, keyed_exponential, keyed_uniform, probabilities, race
 from dspark_sim.loop import Mode
 
@@ -88,7 +88,7 @@ class Confidence:
     slope: float = 1.0
 
     def estimate(
-        self, network: BlockDrafter, hidden: torch.Tensor, embedding: torch.Tensor | None, logits: torch.Tensor
+        self, network: DraftNetwork, hidden: torch.Tensor, embedding: torch.Tensor | None, logits: torch.Tensor
     ) -> torch.Tensor | None:
         """[N] estimates, or ``None`` where the drafter has no confidence head and `kind` asks for it."""
         if self.kind == "head":

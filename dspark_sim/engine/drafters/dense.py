@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.drafters.network import DraftNetwork
+from dspark_sim.engine.drafters.walk import BlockWalk, WalkStart
 from dspark_sim.engine.models import Target
 
 
@@ -100,3 +102,54 @@ def dense_hidden(
         return out.transpose(1, 2)
 
     return drafter.backbone(block, positions, attend).unflatten(1, (num_anchors, gamma))
+
+
+def dense_walks(
+    drafter: DraftNetwork, tokens: torch.Tensor, features: torch.Tensor, anchors: torch.Tensor
+) -> WalkStart:
+    """Walks from given anchors of one sequence: each call of the result starts afresh.
+
+    Parameters
+    ----------
+    drafter
+        The network.
+    tokens, features
+        [L] token ids and [L, n·d] target features.
+    anchors
+        [M] positions.
+    """
+    assert isinstance(drafter, BlockDrafter)
+    hidden = dense_hidden(drafter, tokens[None], features[None], anchors[None])[0]
+    base = drafter.base_logits(hidden)
+    return lambda: BlockWalk(drafter, hidden, base)
+
+
+def teacher_forced(
+    drafter: DraftNetwork, tokens: torch.Tensor, features: torch.Tensor, anchors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What training needs: blocks along the sequences' own tokens.
+
+    Parameters
+    ----------
+    drafter
+        The network.
+    tokens, features
+        [S, L] token ids and [S, L, n·d] target features.
+    anchors
+        [S, M] positions.
+
+    Returns
+    -------
+    logits
+        [S, M, γ, Vd]; slot k of anchor a predicts position a + 1 + k. Slots past the sequence mean nothing.
+    confidence_logits
+        [S, M, γ], or ``None`` without a confidence head.
+    """
+    assert isinstance(drafter, BlockDrafter)
+    places = anchors[..., None] + torch.arange(drafter.config.block_size, device=tokens.device)
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+    previous = tokens[rows, places.clamp(max=tokens.shape[1] - 1)]
+    hidden = dense_hidden(drafter, tokens, features, anchors)
+    embedding = drafter.previous_embedding(previous)
+    logits = drafter.block_logits(drafter.base_logits(hidden), hidden, embedding)
+    return logits, drafter.confidence_logits(hidden, embedding)

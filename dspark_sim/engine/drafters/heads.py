@@ -1,4 +1,4 @@
-"""The sequential head: tokens of a block one after the other, from hidden states that are already there."""
+"""Drafting: tokens of blocks one after the other, along a walk."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.drafters.choose import Choose, Confidence
+from dspark_sim.engine.drafters.network import DraftNetwork
+from dspark_sim.engine.drafters.walk import Walk
 
 
 @dataclass(slots=True)
@@ -33,14 +34,14 @@ class HeadOutput:
 
 
 def run_head(
-    drafter: BlockDrafter,
-    hidden: torch.Tensor,
+    drafter: DraftNetwork,
+    walk: Walk,
     anchors: torch.Tensor,
+    num_slots: int,
     choose: Choose,
     confidence: Confidence | None = None,
     *,
     with_prob: bool = False,
-    base: torch.Tensor | None = None,
 ) -> HeadOutput:
     """Draft k tokens behind each anchor.
 
@@ -48,30 +49,28 @@ def run_head(
     ----------
     drafter
         The network.
-    hidden
-        [N, k, d] hidden states of the first k slots.
+    walk
+        At the anchors.
     anchors
         [N] anchor tokens.
+    num_slots
+        k.
     choose
         ``choose(slot, logits [N, Vd])`` returns draft-vocabulary indices [N] and the law they were drawn from.
     confidence
         Where confidence comes from; ``None`` means the confidence head.
     with_prob
         Whether `draft_prob` is wanted.
-    base
-        [N, k, Vd] logits before the sequential head, where they are known already.
     """
     judge = confidence or Confidence()
-    base = drafter.base_logits(hidden) if base is None else base
     tokens, confidences, laws, probs = [], [], [], []
     previous = anchors
-    for slot in range(hidden.shape[1]):
-        embedding = drafter.previous_embedding(previous)
-        logits = drafter.markov_logits(base[:, slot], embedding)
-        index, law = choose(slot, logits)
-        confidences.append(judge.estimate(drafter, hidden[:, slot], embedding, logits))
+    for slot in range(num_slots):
+        said = walk.step(previous)
+        index, law = choose(slot, said.logits)
+        confidences.append(judge.estimate(drafter, said.hidden, said.embedding, said.logits))
         if with_prob:
-            whole = logits.float().softmax(dim=-1) if law is None else law
+            whole = said.logits.float().softmax(dim=-1) if law is None else law
             probs.append(whole.gather(-1, index[:, None])[:, 0])
         previous = drafter.draft_token_ids[index]
         tokens.append(previous)
