@@ -19,8 +19,8 @@ import tyro
 from dspark_sim.errors import UserError
 
 if TYPE_CHECKING:
+    from dspark_sim.training.config import TrainConfig
     from dspark_sim.training.synthesis import SynthesisConfig
-    from dspark_sim.training.trainer import TrainConfig
 
 # Imported when asked for: the list of commands shall not take seconds to print.
 _COMMANDS = {
@@ -30,8 +30,13 @@ _COMMANDS = {
     "simulate": ("replay", "Simulate"),
     "compare": ("replay", "Compare"),
     "verify": ("whole", "Verify"),
+    "evaluate": ("evaluate", "Evaluate"),
     "fit-margin": ("live", "FitMargin"),
+    "calibrate": ("calibrate", "Calibrate"),
+    "export": ("export", "Export"),
     "bench": ("live", "Bench"),
+    "merge-synthesis": ("training", "MergeSynthesis"),
+    "learning-curves": ("training", "LearningCurves"),
 }
 _EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "safetensors", "accelerate", "gguf"), "engine"),
@@ -42,23 +47,28 @@ _HELP = """usage: dspark-sim COMMAND [options]      (dspark-sim COMMAND --help e
 Record speculative decoding on a real engine once, then replay any schedule in a simulator.
 
 commands:
-  demo         decode live, simulate the same, print both and the error between them
-  record       serve prompts live and write a trace that can be replayed
-  profile      measure what iterations cost on this machine
-  simulate     replay a recording under another policy, block size or load
-  compare      live against simulated, metric by metric
-  verify       check here that speculation changes the speed and not the output
-  synthesise   let the target write training text
-  train        train a block drafter (DSpark or DFlash)
-  fit-margin   learn how sure a drafter without a confidence head is
-  bench        ratio to transformers' generate, and what recording costs
+  demo             decode live, simulate the same, print both and the error between them
+  record           serve prompts live and write a trace that can be replayed
+  profile          measure what iterations cost on this machine
+  simulate         replay a recording under another policy, block size or load
+  compare          live against simulated, metric by metric
+  verify           check here that speculation changes the speed and not the output
+  evaluate         compare drafters: acceptance by domain and position, and speed
+  synthesise       let the target write training text
+  merge-synthesis  make one file of several that it wrote
+  train            train a drafter (DSpark, DFlash, Eagle3 or MTP)
+  learning-curves  draw training runs in one figure
+  fit-margin       learn how sure a drafter without a confidence head is
+  calibrate        turn a drafter's confidences into probabilities
+  export           write a drafter as a DeepSpec checkpoint
+  bench            ratio to transformers' generate, and what recording costs
 """
 
 
 def _train(config: TrainConfig) -> None:
-    from dspark_sim.training.trainer import train
+    from dspark_sim.commands.training import train_and_draw
 
-    print(f"Wrote the drafter to {train(config)}.")
+    train_and_draw(config)
 
 
 def _synthesise(config: SynthesisConfig) -> None:
@@ -74,7 +84,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
     name, rest = arguments[0], list(arguments[1:])
     program = f"dspark-sim {name}"
     if name == "train":
-        from dspark_sim.training.trainer import TrainConfig
+        from dspark_sim.training.config import TrainConfig
 
         _train(_parse(TrainConfig, program, rest))
     elif name == "synthesise":

@@ -57,6 +57,9 @@ class ModelOptions(NetworkOptions):
     margin: a logistic function of the gap between its two largest logits; needs --margin."""
     margin: Path | None = None
     """For confidence margin: the function's two numbers, made by `dspark-sim fit-margin`."""
+    temperatures: Path | None = None
+    """Temperatures of the confidences, made by `dspark-sim calibrate`, or SGLang's file; default: those in the
+    drafter's folder, if any, with confidence head. none: leave them out."""
 
     def load(self, max_num_seqs: int) -> Engine:
         """The engine.
@@ -64,7 +67,7 @@ class ModelOptions(NetworkOptions):
         Raises
         ------
         UserError
-            If `confidence` and `margin` do not go together, or as `Engine.load`.
+            If `confidence`, `margin` and `temperatures` do not go together, or as `Engine.load`.
         """
         if self.margin is not None and self.confidence != "margin":
             raise UserError(
@@ -74,17 +77,23 @@ class ModelOptions(NetworkOptions):
         return self.engine(max_num_seqs, self._source())
 
     def _source(self) -> Confidence | None:
-        if self.confidence == "head":
+        if self.confidence == "head" and self.temperatures is None:
             return None
+        from dspark_sim.engine.drafters.choose import Confidence
+
         if self.confidence == "margin":
             if self.margin is None:
                 raise UserError("confidence margin needs a file; give --margin, made by `dspark-sim fit-margin`")
             from dspark_sim.engine.margin import read_margin
 
-            return read_margin(self.margin, drafter=self.drafter)
-        from dspark_sim.engine.drafters.choose import Confidence
+            source = read_margin(self.margin, drafter=self.drafter)
+        else:
+            source = Confidence(self.confidence)
+        if self.temperatures in (None, Path("none")):
+            return source
+        from dspark_sim.engine.temperatures import calibrated_confidence
 
-        return Confidence(self.confidence)
+        return calibrated_confidence(self.temperatures, source, self.drafter)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -196,6 +197,7 @@ def tiny_drafter(markov_rank: int) -> BlockDrafter:
     drafter = BlockDrafter(config).eval().requires_grad_(False)
     # What `attach` borrows from a target and the head needs.
     drafter._head_weight = torch.randn(VOCABULARY, HIDDEN)
+    drafter._target = SimpleNamespace(cap_logits=lambda logits: logits)
     return drafter
 
 

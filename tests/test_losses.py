@@ -13,13 +13,13 @@ from dspark_sim.engine.drafters import SequenceState  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig  # noqa: E402
 from dspark_sim.engine.drafters.choose import DraftRule  # noqa: E402
-from dspark_sim.engine.drafters.dense import dense_hidden, dense_target  # noqa: E402
+from dspark_sim.engine.drafters.dense import dense_hidden, dense_target, teacher_forced  # noqa: E402
 from dspark_sim.engine.drafters.heads import greedy, run_head  # noqa: E402
 from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
 from dspark_sim.engine.kv_cache import SlotCache  # noqa: E402
 from dspark_sim.engine.models import Target  # noqa: E402
 from dspark_sim.engine.timing import SpanTimer  # noqa: E402
-from dspark_sim.training.losses import dspark_loss  # noqa: E402
+from dspark_sim.training.losses import Norm, dspark_loss  # noqa: E402
 
 VOCABULARY = 50
 
@@ -76,6 +76,39 @@ def test_loss_equals_a_naive_loop(outside, with_confidence):
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 100, 10**9])
+def test_shared_laws_held_in_chunks_have_the_loss_and_gradient_of_whole_ones(chunk):
+    rng = torch.Generator().manual_seed(2)
+    logits = torch.randn(9, 5, 11, generator=rng, dtype=torch.float64, requires_grad=True)
+    distinct = torch.randn(7, 13, generator=rng, dtype=torch.float64).softmax(-1)[:, :11]
+    rows = torch.randint(7, (9, 5), generator=rng)
+    labels = torch.randint(11, (9, 5), generator=rng).masked_fill(torch.rand(9, 5, generator=rng) < 0.3, -100)
+    valid = torch.rand(9, 5, generator=rng) < 0.8
+    confidence = torch.randn(9, 5, generator=rng, dtype=torch.float64)
+    whole = dspark_loss(logits, distinct[rows], labels, confidence, valid)
+    whole.loss.backward()
+    expected, logits.grad = logits.grad, None
+    terms = dspark_loss(logits, distinct, labels, confidence, valid, rows=rows, chunk=chunk)
+    terms.loss.backward()
+    torch.testing.assert_close(terms.values(), whole.values())
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_parts_under_the_norm_of_the_whole_add_up():
+    rng = torch.Generator().manual_seed(3)
+    logits = torch.randn(9, 5, 11, generator=rng, dtype=torch.float64)
+    probs = torch.randn(9, 5, 11, generator=rng, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(11, (9, 5), generator=rng)
+    valid = torch.arange(5) < torch.randint(1, 6, (9, 1), generator=rng)
+    norm = Norm.of(valid.numpy())
+    whole = dspark_loss(logits, probs, labels, None, valid).values()
+    parts = [
+        dspark_loss(*(x[part::4] for x in (logits, probs, labels)), None, valid[part::4], norm=norm)
+        for part in range(4)
+    ]
+    torch.testing.assert_close(sum(part.values() for part in parts), whole, rtol=1e-6, atol=1e-9)
+
+
 def test_invalid_slots_have_no_gradient_and_confidence_does_not_teach_the_draft():
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 6, generator=rng, requires_grad=True)
@@ -120,7 +153,7 @@ def target():
     return Target("tiny", model, SimpleNamespace(eos_token_id=0))
 
 
-def _drafter(target, draft_vocab_size, markov_rank):
+def _drafter(target, draft_vocab_size, markov_rank, markov_head_type="vanilla"):
     config = BlockDrafterConfig(
         target="tiny",
         hidden_size=24,
@@ -137,6 +170,7 @@ def _drafter(target, draft_vocab_size, markov_rank):
         markov_rank=markov_rank,
         enable_confidence_head=markov_rank > 0,
         draft_vocab_size=draft_vocab_size,
+        markov_head_type=markov_head_type,
     )
     torch.manual_seed(1)
     ids = torch.randperm(VOCABULARY)[:draft_vocab_size].sort().values if draft_vocab_size else None
@@ -222,3 +256,53 @@ def test_blocks_of_one_dense_pass_do_not_see_each_other_or_the_future(target):
             visible[:, anchor:] = 1e3
             alone = dense_hidden(network, tokens[row : row + 1], visible, torch.tensor([[anchor]]))
             torch.testing.assert_close(together[row, column], alone[0, 0], rtol=1e-8, atol=1e-9)
+
+
+def _naive_slots(network, target, tokens, features, anchor):
+    """Logits and confidence of one block, slot by slot: no other anchor, no context but that before it.
+
+    The formulas of the heads, written out.
+    """
+    weights = {name: value.detach() for name, value in network.named_parameters()}
+    head = {name.removeprefix("markov_head."): value for name, value in weights.items() if "markov_head." in name}
+    w1, w2 = head["markov_w1.weight"], head["markov_w2.weight"]
+    kind, rank = network.config.markov_head_type, w1.shape[1]
+    visible = features[None, : anchor + 1].clone()
+    visible[:, anchor:] = 1e3
+    hidden = dense_hidden(network, tokens[None, : anchor + 1], visible, torch.tensor([[anchor]]))[0, 0]
+    ids = network.draft_token_ids
+    state, logits, confidence = torch.zeros(rank, dtype=torch.float64), [], []
+    for slot, h in enumerate(hidden):
+        token = tokens[anchor + slot]
+        # All tokens outside the draft vocabulary share the last row of W1.
+        place = (ids == token).nonzero()
+        e = w1[place.item() if len(place) else len(ids)]
+        if kind == "vanilla":
+            feature = e
+        elif kind == "gated":
+            feature = torch.sigmoid(head["gate_proj.weight"] @ torch.cat((h, e)) + head["gate_proj.bias"]) * e
+        else:
+            z = head["joint_proj.weight"] @ torch.cat((state, e, h)) + head["joint_proj.bias"]
+            g, c, o = z[:rank], z[rank : 2 * rank], z[2 * rank :]
+            state = torch.sigmoid(g) * state + (1 - torch.sigmoid(g)) * torch.tanh(c)
+            feature = torch.tanh(o)
+        logits.append(target.head(h)[ids] + w2 @ feature)
+        w, b = weights["confidence_head.proj.weight"], weights["confidence_head.proj.bias"]
+        confidence.append((w @ torch.cat((h, e)) + b)[0])
+    return torch.stack(logits), torch.stack(confidence)
+
+
+@pytest.mark.parametrize("draft_vocab_size", [0, 20])
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_many_anchors_at_once_equal_a_naive_loop_over_them(target, kind, draft_vocab_size):
+    network = _drafter(target, draft_vocab_size, 5, kind)
+    rng = np.random.default_rng(6)
+    tokens = torch.from_numpy(rng.integers(0, VOCABULARY, (2, 24)))
+    _, features = dense_target(target, tokens, network.config.target_layer_ids)
+    anchors = torch.from_numpy(np.sort(rng.integers(0, 20, (2, 9)), axis=1))
+    logits, confidence = teacher_forced(network, tokens, features, anchors)
+    for row in range(2):
+        for column, anchor in enumerate(anchors[row].tolist()):
+            expected = _naive_slots(network, target, tokens[row], features[row], anchor)
+            torch.testing.assert_close(logits[row, column], expected[0], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(confidence[row, column], expected[1], rtol=1e-6, atol=1e-9)

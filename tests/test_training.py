@@ -15,8 +15,11 @@ from dspark_sim.engine.drafters.block_model import BlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.checkpoint import load_drafter, save_drafter  # noqa: E402
 from dspark_sim.errors import UserError  # noqa: E402
 from dspark_sim.training import trainer  # noqa: E402
-from dspark_sim.training.synthesis import SCHEMA, SynthesisConfig, synthesise  # noqa: E402
-from dspark_sim.training.trainer import TrainConfig, frequent_tokens, read_sequences, train  # noqa: E402
+from dspark_sim.training.config import TrainConfig  # noqa: E402
+from dspark_sim.training.corpus import SCHEMA  # noqa: E402
+from dspark_sim.training.data import frequent_tokens, read_sequences  # noqa: E402
+from dspark_sim.training.synthesis import SynthesisConfig, synthesise  # noqa: E402
+from dspark_sim.training.trainer import train  # noqa: E402
 
 
 def _write(path, num=10, length=40, seed=0):

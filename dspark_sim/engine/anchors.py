@@ -27,6 +27,7 @@ from tqdm import tqdm
 from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
+from dspark_sim.engine.drafters.chain import RaggedChainDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.drafters.dense import dense_target, dense_walks
 from dspark_sim.engine.drafters.heads import run_head
@@ -189,14 +190,14 @@ def _group_blocks(
 ) -> Iterator[DenseBlocks]:
     # Only these modes look at the target's probabilities; the output says the rest.
     judged = rule.mode in ("rejection", "target_match")
-    network = isinstance(drafter, RaggedBlockDrafter)
+    network = isinstance(drafter, RaggedBlockDrafter | RaggedChainDrafter)
     if not network and not isinstance(drafter, NgramDrafter):
         raise UserError(f"drafter {drafter.name} has no dense pass; record it live instead")
     states = [_States(None, None)] * len(group)
     if judged or network:
         states = _target_pass(target, group, drafter.feature_layers, judged)
     for request, state in zip(group, states, strict=True):
-        if isinstance(drafter, RaggedBlockDrafter):
+        if isinstance(drafter, RaggedBlockDrafter | RaggedChainDrafter):
             yield _network_blocks(drafter, request, state, rule, target.device)
         else:
             assert isinstance(drafter, NgramDrafter)
@@ -260,7 +261,11 @@ def _ngram_blocks(drafter: NgramDrafter, request: RecordedOutput, state: _States
 
 
 def _network_blocks(
-    drafter: RaggedBlockDrafter, request: RecordedOutput, state: _States, rule: DraftRule, device: torch.device
+    drafter: RaggedBlockDrafter | RaggedChainDrafter,
+    request: RecordedOutput,
+    state: _States,
+    rule: DraftRule,
+    device: torch.device,
 ) -> DenseBlocks:
     network, gamma, anchors = drafter.network, drafter.block_size, request.anchors
     tokens = np.array(request.prompt + request.output)

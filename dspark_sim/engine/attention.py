@@ -6,6 +6,10 @@ argument (`ragged_batch`), by transformers' attention interface; no model code i
 
 Grouped-query attention without repeating keys: the G query heads that share a KV head are stacked along the query
 axis, [R, H, Q, D] → [R, H/G, G·Q, D].
+
+Layers with a sliding window of w see, from position p, only positions above p - w; the mask is made once per window
+size and pass. Where a family soft-caps attention scores (Gemma 2: c·tanh(s/c)), they are computed one operation after
+the other, since no fused kernel does it.
 """
 
 from __future__ import annotations
@@ -68,7 +72,8 @@ class RaggedBatch:
         self.read_slots: slice | torch.Tensor = (
             slice(lowest, lowest + num_requests) if neighbours else torch.from_numpy(self.slots).to(self.device)
         )
-        self._mask: torch.Tensor | None = None
+        self._masks: dict[int | None, torch.Tensor] = {}
+        self._longest = longest
         self._needs_mask = bool(
             (self.causal and self.max_query > 1) or (self.starts + self.lens).min() < self.total_len
         )
@@ -78,20 +83,34 @@ class RaggedBatch:
         """R."""
         return len(self.lens)
 
-    def mask(self, group: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask [R, 1, group·Q, total_len], made once per pass; ``None`` if every query sees every key."""
-        if not self._needs_mask:
+    def mask(self, group: int, dtype: torch.dtype, window: int | None = None) -> torch.Tensor | None:
+        """Additive mask [R, 1, group·Q, total_len], made once per pass; ``None`` if every query sees every key.
+
+        Parameters
+        ----------
+        group
+            Query heads per KV head, G.
+        dtype
+            Of the scores.
+        window
+            Positions that a token sees, itself included; ``None`` means all before it.
+        """
+        if window is not None and window >= self._longest:
+            window = None
+        if window is None and not self._needs_mask:
             return None
-        if self._mask is None:
-            column = np.arange(self.max_query)
-            seen = self.starts[:, None] + (
-                np.minimum(column, self.lens[:, None] - 1) + 1 if self.causal else self.lens[:, None] + 0 * column
-            )
-            allowed = np.arange(self.total_len) < seen[:, :, None]
+        if window not in self._masks:
+            column = np.minimum(np.arange(self.max_query), self.lens[:, None] - 1)
+            own = self.starts[:, None] + column
+            seen = own + 1 if self.causal else (self.starts + self.lens)[:, None] + 0 * column
+            key = np.arange(self.total_len)
+            allowed = key < seen[:, :, None]
+            if window is not None:
+                allowed &= key > own[:, :, None] - window
             values = np.where(allowed, 0.0, -np.inf).astype(np.float32)
             mask = torch.from_numpy(values).to(self.device, dtype)
-            self._mask = mask[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
-        return self._mask
+            self._masks[window] = mask[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
+        return self._masks[window]
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] to [R, Q, ...]; missing rows are zero."""
@@ -109,7 +128,15 @@ class RaggedBatch:
 
 
 def attend(
-    batch: RaggedBatch, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    batch: RaggedBatch,
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Store new keys and values, then attend over each request's cache.
 
@@ -122,9 +149,13 @@ def attend(
     queries
         [B, H, D].
     keys, values
-        [B, KV heads, D].
+        [B, KV heads, D]; the cache may be made for more heads and larger ones.
     scale
         Of the scores.
+    window
+        See `RaggedBatch.mask`.
+    softcap
+        c, if scores are soft-capped.
 
     Returns
     -------
@@ -135,14 +166,32 @@ def attend(
     all_keys, all_values = batch.cache.read(layer, batch.read_slots, batch.total_len)
     num_heads, head_dim = queries.shape[1:]
     num_kv_heads = keys.shape[1]
+    if all_keys.shape[1] != num_kv_heads or all_keys.shape[3] != head_dim:
+        all_keys, all_values = all_keys[:, :num_kv_heads, :, :head_dim], all_values[:, :num_kv_heads, :, :head_dim]
     group = num_heads // num_kv_heads
     stacked = batch.pad(queries).view(batch.num_requests, batch.max_query, num_kv_heads, group, head_dim)
     stacked = stacked.permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out = F.scaled_dot_product_attention(
-        stacked, all_keys, all_values, attn_mask=batch.mask(group, queries.dtype), scale=scale
-    )
+    mask = batch.mask(group, queries.dtype, window)
+    out = _weigh(stacked, all_keys, all_values, mask, scale, softcap)
     out = out.view(batch.num_requests, num_kv_heads, group, batch.max_query, head_dim)
     return batch.unpad(out.permute(0, 3, 1, 2, 4).reshape(batch.num_requests, batch.max_query, num_heads, head_dim))
+
+
+def _weigh(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of queries [..., Q, D] over keys and values [..., L, D] of the same heads."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    scores = softcap * torch.tanh(queries @ keys.transpose(-1, -2) * scale / softcap)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype) @ values
 
 
 def _transformers_attention(
@@ -154,17 +203,13 @@ def _transformers_attention(
     scaling: float | None = None,
     ragged_batch: RaggedBatch | None = None,
     softcap: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface: query, key and value are [1, heads, B, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is not None:
-        raise NotImplementedError("attention logit soft-capping")
     if ragged_batch is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
+        return _whole_sequences(query, key, value, attention_mask, scale, sliding_window, softcap), None
     rows = attend(
         ragged_batch,
         module.layer_idx,
@@ -172,8 +217,35 @@ def _transformers_attention(
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         scale,
+        window=sliding_window,
+        softcap=softcap,
     )
     return rows[None], None
+
+
+def _whole_sequences(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of the last Q of L positions, [S, heads, Q, D] over [S, KV heads, L, D] to [S, Q, heads, D]."""
+    num_queries, length = query.shape[2], key.shape[2]
+    whole = num_queries == length and (window is None or window >= length)
+    if mask is None and whole and softcap is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+    if mask is None:
+        own = torch.arange(length - num_queries, length, device=query.device)[:, None]
+        place = torch.arange(length, device=query.device)
+        hidden = place > own if window is None else (place > own) | (place <= own - window)
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+    groups = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return _weigh(query, keys, values, mask, scale, softcap).transpose(1, 2)
 
 
 def register_attention() -> None:

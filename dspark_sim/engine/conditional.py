@@ -183,6 +183,6 @@ def conditional_blocks(
         tokens.cpu().numpy(),
         num_accepted.cpu().numpy(),
         accept_prob.cpu().numpy(),
-        torch.stack(estimates, dim=1).cpu().numpy() if estimates else None,
+        confidence.calibrate(torch.stack(estimates, dim=1)).cpu().numpy() if estimates else None,
         draft_prob.cpu().numpy(),
     )

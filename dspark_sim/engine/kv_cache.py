@@ -20,7 +20,7 @@ class SlotCache:
     Parameters
     ----------
     num_layers, num_slots, num_kv_heads, max_len, head_dim
-        Shape of the store.
+        Shape of the store; of KV heads and head_dim the largest that any layer needs.
     dtype, device
         Of the store.
     length_step
@@ -49,9 +49,10 @@ class SlotCache:
     def write(
         self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Store rows: keys and values [B, KV heads, head_dim] at (slots [B], positions [B])."""
-        self.keys[layer, slots, :, positions] = keys
-        self.values[layer, slots, :, positions] = values
+        """Store rows [B, KV heads, head_dim] at (slots [B], positions [B]); small ones fill a corner."""
+        heads, size = keys.shape[1:]
+        self.keys[layer, slots, :heads, positions, :size] = keys
+        self.values[layer, slots, :heads, positions, :size] = values
 
     def read(self, layer: int, slots: slice | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [R, KV heads, length, head_dim]; a view when `slots` is a slice."""

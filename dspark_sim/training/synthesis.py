@@ -2,13 +2,12 @@
 
 The chat template's opening of a user turn is a prompt that an instruct model continues with a question; a system
 prompt steers it to a domain and topic. The question is then put to the model in the ordinary way. Answers are
-drawn at temperature 0 and 1 in turn, so that a drafter meets both kinds of text. Output: one Parquet file,
-deduplicated by question.
+drawn at temperature 0 and 1 in turn, so that a drafter meets both kinds of text. Output: one Parquet file (see
+`corpus`), deduplicated by question.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +22,8 @@ from dspark_sim.engine.attention import RaggedBatch
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.models import EMBEDDED, Target, load_target
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.training.corpus import SCHEMA, write_corpus
 
-SCHEMA = pa.schema(
-    [
-        ("domain", pa.string()),
-        ("temperature", pa.float64()),
-        ("prompt_len", pa.int64()),
-        ("tokens", pa.list_(pa.int32())),
-    ]
-)
 _STEERING = {
     "math": "You are talking to a student. The student asks you to solve one {form} about {topic}, with numbers.",
     "code": "You are a programming assistant. The user asks you for {form} about {topic}.",
@@ -101,12 +93,11 @@ def synthesise(config: SynthesisConfig) -> Path:
     rng = np.random.default_rng(config.seed)
     seen: set[str] = set()
     total = wave = 0
-    metadata = {b"dspark_sim.synthesis": json.dumps(asdict(config)).encode()}
     with explain_os_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         with (
-            pq.ParquetWriter(partial, SCHEMA.with_metadata(metadata)) as writer,
+            pq.ParquetWriter(partial, SCHEMA) as writer,
             tqdm(total=config.num_tokens, unit="token", unit_scale=True, desc="synthesis") as bar,
         ):
             while total < config.num_tokens:
@@ -115,7 +106,8 @@ def synthesise(config: SynthesisConfig) -> Path:
                 count = sum(len(row["tokens"]) - row["prompt_len"] for row in rows)
                 total, wave = total + count, wave + 1
                 bar.update(count)
-        partial.rename(path)
+        write_corpus(pq.read_table(partial), path, {"config": asdict(config)})
+        partial.unlink()
     return path
 
 

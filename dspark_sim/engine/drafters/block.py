@@ -45,7 +45,8 @@ class RaggedBlockDrafter:
         config = network.config
         self.name = name
         self.network = network
-        self.block_size = config.block_size
+        self.block_size = config.num_drafts
+        self._num_slots = config.block_size
         self.confidence = confidence or Confidence()
         self.has_confidence = config.enable_confidence_head or self.confidence.kind != "head"
         self.feature_layers = config.target_layer_ids
@@ -92,7 +93,7 @@ class RaggedBlockDrafter:
                 self._cache,
                 np.array([state.slot for state in states]),
                 positions,
-                np.full(len(states), self.block_size),
+                np.full(len(states), self._num_slots),
                 self._device,
                 causal=False,
             )
@@ -101,7 +102,7 @@ class RaggedBlockDrafter:
                 self.network.block_tokens(anchors).flatten(),
                 batch.positions,
                 lambda layer, q, k, v: attend(batch, layer, q, k, v, self._scale),
-            ).view(len(states), self.block_size, -1)[:, :draft_len]
+            ).view(len(states), self._num_slots, -1)[:, :draft_len]
         with timer.span("head"):
             ids = np.array([state.request_id for state in states])
             choose = rule.choose(ids, positions, self.network.draft_token_ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from dspark_sim.engine.drafters.network import DraftNetwork
 from dspark_sim.engine.sampling import SamplingParams, draw, keyed_exponential, keyed_uniform, probabilities, race
+from dspark_sim.errors import UserError
 from dspark_sim.loop import Mode
 
 IntArray = npt.NDArray[np.int64]
@@ -81,11 +83,55 @@ class Confidence:
         logistic function of the difference of its two largest logits.
     intercept, slope
         Of the logistic function; see `fit_margin`.
+    temperatures
+        One for each slot of a block, [γ]: slot k's estimate c becomes σ(logit(c) / T_k). Empty leaves the estimates as
+        they are. They are constants, so an estimate still depends on nothing but what stands before its token, and
+        policies that ask for no more stay exact.
+
+    Raises
+    ------
+    UserError
+        If a temperature is not a positive number.
     """
 
     kind: ConfidenceKind = "head"
     intercept: float = 0.0
     slope: float = 1.0
+    temperatures: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            if not (isfinite(temperature) and temperature > 0):
+                raise UserError(f"temperatures have the value {temperature}; give positive numbers")
+
+    def require_slots(self, block_size: int) -> None:
+        """Check that there are temperatures for blocks of `block_size` slots, or none at all.
+
+        Raises
+        ------
+        UserError
+            If there are more or fewer.
+        """
+        if self.temperatures and len(self.temperatures) != block_size:
+            raise UserError(
+                f"there are {len(self.temperatures)} temperatures and the drafter proposes {block_size} tokens; fit "
+                "them to this drafter with `dspark-sim calibrate`"
+            )
+
+    def calibrate(self, estimates: torch.Tensor) -> torch.Tensor:
+        """Estimates of a block's first k slots, [N, k], at their temperatures.
+
+        Raises
+        ------
+        UserError
+            If there are temperatures, but fewer than k.
+        """
+        if not self.temperatures:
+            return estimates
+        num_slots = estimates.shape[1]
+        if num_slots > len(self.temperatures):
+            self.require_slots(num_slots)
+        return (estimates.logit() / estimates.new_tensor(self.temperatures[:num_slots])).sigmoid()
 
     def estimate(
         self, network: DraftNetwork, hidden: torch.Tensor, embedding: torch.Tensor | None, logits: torch.Tensor

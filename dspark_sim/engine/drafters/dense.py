@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.drafters.chain_model import ChainDrafter
+from dspark_sim.engine.drafters.chain_walk import ChainWalk
 from dspark_sim.engine.drafters.network import DraftNetwork
 from dspark_sim.engine.drafters.walk import BlockWalk, WalkStart
 from dspark_sim.engine.models import Target
@@ -118,6 +120,8 @@ def dense_walks(
     anchors
         [M] positions.
     """
+    if isinstance(drafter, ChainDrafter):
+        return lambda: ChainWalk(drafter, tokens[None], features[None], anchors[None])
     assert isinstance(drafter, BlockDrafter)
     hidden = dense_hidden(drafter, tokens[None], features[None], anchors[None])[0]
     base = drafter.base_logits(hidden)
@@ -145,10 +149,13 @@ def teacher_forced(
     confidence_logits
         [S, M, γ], or ``None`` without a confidence head.
     """
-    assert isinstance(drafter, BlockDrafter)
     places = anchors[..., None] + torch.arange(drafter.config.block_size, device=tokens.device)
     rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
     previous = tokens[rows, places.clamp(max=tokens.shape[1] - 1)]
+    if isinstance(drafter, ChainDrafter):
+        said = ChainWalk(drafter, tokens, features, anchors).along(previous.flatten(0, 1))
+        return said.logits.unflatten(0, anchors.shape), None
+    assert isinstance(drafter, BlockDrafter)
     hidden = dense_hidden(drafter, tokens, features, anchors)
     embedding = drafter.previous_embedding(previous)
     logits = drafter.block_logits(drafter.base_logits(hidden), hidden, embedding)

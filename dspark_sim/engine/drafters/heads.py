@@ -79,7 +79,7 @@ def run_head(
     drawn = [law for law in laws if law is not None]
     return HeadOutput(
         torch.stack(tokens, dim=1),
-        torch.stack(known, dim=1) if known else None,
+        judge.calibrate(torch.stack(known, dim=1)) if known else None,
         torch.stack(drawn, dim=1) if drawn else None,
         torch.stack(probs, dim=1) if probs else None,
     )

@@ -67,7 +67,8 @@ class DraftNetwork(nn.Module):
             raise UserError(f"the drafter reads target layer {wrong[0]}, and {target.name} has no such inner layer")
         self.to(target.device)
         self._target = target
-        head = target.model.get_output_embeddings().weight
+        # Detached: a parameter would become one of the drafter's own.
+        head = target.model.get_output_embeddings().weight.detach()
         self._head_weight = head if not config.draft_vocab_size else head[self.draft_token_ids].contiguous()
         return self
 
@@ -86,14 +87,12 @@ class DraftNetwork(nn.Module):
     def rotary(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin [..., D] at positions [...]."""
         assert self._target is not None
-        flat = positions.reshape(1, -1)
-        cos, sin = self._target.model.get_decoder().rotary_emb(like, flat)
-        return cos.view(*positions.shape, -1), sin.view(*positions.shape, -1)
+        return self._target.rotary(positions, like)
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., d] to [..., Vd] by the target's head."""
-        assert self._head_weight is not None
-        return F.linear(hidden, self._head_weight)
+        """[..., d] to [..., Vd] by the target's head, soft-capped where the target's logits are."""
+        assert self._head_weight is not None and self._target is not None
+        return self._target.cap_logits(F.linear(hidden, self._head_weight))
 
     def previous_embedding(self, previous: torch.Tensor) -> torch.Tensor | None:
         """What a sequential head knows of target token ids [...], [..., r]; ``None`` without one."""

@@ -1,0 +1,157 @@
+"""The autoregressive drafter in the ragged batch: its own KV cache, one pass per drafted token.
+
+Target features of committed tokens wait until the next draft. A position's keys also need the token behind it, so
+those of all positions before the anchor's are made then; the chain writes its own behind them, where the next round's
+context overwrites them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dspark_sim.engine.attention import RaggedBatch, attend
+from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
+from dspark_sim.engine.drafters.chain_model import ChainDrafter
+from dspark_sim.engine.drafters.choose import Confidence, DraftRule
+from dspark_sim.engine.drafters.heads import run_head
+from dspark_sim.engine.drafters.walk import Slots
+from dspark_sim.engine.kv_cache import SlotCache
+from dspark_sim.engine.timing import SpanTimer
+
+_MAX_PENDING_ROWS = 4096
+
+
+class RaggedChainDrafter:
+    """A `ChainDrafter` with the state of a run.
+
+    Parameters
+    ----------
+    name
+        For the trace.
+    network
+        Attached to its target.
+    num_slots, max_len
+        As the target's KV cache.
+    confidence
+        Where confidence comes from; the network has no head for it, so ``None`` means none.
+    """
+
+    def __init__(
+        self, name: str, network: ChainDrafter, num_slots: int, max_len: int, confidence: Confidence | None = None
+    ) -> None:
+        config = network.config
+        self.name = name
+        self.network = network
+        self.block_size = config.block_size
+        self.confidence = confidence or Confidence()
+        self.has_confidence = self.confidence.kind != "head"
+        self.feature_layers = config.target_layer_ids
+        self.draft_token_ids = network.draft_token_ids if config.draft_vocab_size else None
+        weight = network.q_proj.weight
+        self._device = weight.device
+        self._cache = SlotCache(
+            1, num_slots, config.num_key_value_heads, max_len, config.head_dim, dtype=weight.dtype, device=weight.device
+        )
+        self._known = torch.zeros((num_slots, max_len, config.hidden_size), dtype=weight.dtype, device=weight.device)
+        self._pending: list[tuple[IntArray, IntArray, torch.Tensor]] = []
+        # Positions of each slot whose keys are the context's.
+        self._done = np.zeros(num_slots, dtype=np.int64)
+
+    def observe(self, slots: IntArray, starts: IntArray, lens: IntArray, features: torch.Tensor) -> None:
+        """Keep features for the next draft; when nothing drafts for long, project them now."""
+        column = np.arange(int(lens.sum())) - np.repeat(np.cumsum(lens) - lens, lens)
+        self._pending.append((np.repeat(slots, lens), np.repeat(starts, lens) + column, features))
+        # A slot that changed hands starts at 0 again.
+        self._done[slots] = np.minimum(self._done[slots], starts)
+        if sum(len(rows) for rows, _, _ in self._pending) > _MAX_PENDING_ROWS:
+            self._project()
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        states: Sequence[SequenceState],
+        draft_len: int,
+        limits: IntArray,
+        rule: DraftRule,
+        timer: SpanTimer,
+    ) -> Drafted:
+        """Draft chains of `draft_len` tokens, one pass each."""
+        with timer.span("draft"):
+            self._project()
+            self._extend_context(states)
+            anchors = torch.tensor([state.tokens[-1] for state in states], device=self._device)
+        positions = np.array([state.position for state in states])
+        with timer.span("head"):
+            choose = rule.choose(
+                np.array([state.request_id for state in states]), positions, self.network.draft_token_ids
+            )
+            walk = _RaggedWalk(self, np.array([state.slot for state in states]), positions, timer)
+            out = run_head(self.network, walk, anchors, draft_len, choose, self.confidence, with_prob=rule.with_prob)
+            tokens = out.tokens.cpu().numpy()
+            confidence, prob = (
+                None if x is None else x.double().cpu().numpy() for x in (out.confidence, out.draft_prob)
+            )
+        return Drafted(tokens, np.minimum(draft_len, limits), confidence, out.probs, prob)
+
+    def known_before(self, slots: IntArray, positions: IntArray) -> torch.Tensor:
+        """What was known, g [R, d], at the positions before `positions`."""
+        index = torch.from_numpy(np.stack((slots, positions - 1))).to(self._device)
+        return self._known[index[0], index[1]]
+
+    def layer(self, known: torch.Tensor, tokens: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
+        """One pass over a token per request: its output [R, d]."""
+        batch = RaggedBatch(self._cache, slots, positions, np.ones_like(positions), self._device)
+        residual, entered = self.network.enter(known, tokens)
+        rotary = self.network.rotary(batch.positions, entered)
+        queries, (keys, values) = self.network.queries(entered, rotary), self.network.keys(entered, rotary)
+        return self.network.leave(residual, attend(batch, 0, queries, keys, values, queries.shape[-1] ** -0.5))
+
+    def _project(self) -> None:
+        """Turn pending target features into g."""
+        for slots, positions, features in self._pending:
+            index = torch.from_numpy(np.stack((slots, positions))).to(self._device)
+            self._known[index[0], index[1]] = self.network.fuse(features.to(self._known.dtype))
+        self._pending.clear()
+
+    def _extend_context(self, states: Sequence[SequenceState]) -> None:
+        """Keys and values of committed positions before the anchors' predecessors."""
+        slots: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        for state in states:
+            low, high = int(self._done[state.slot]), state.position - 1
+            slots += [state.slot] * (high - low)
+            positions += range(low, high)
+            tokens += state.tokens[low + 1 : high + 1]
+            self._done[state.slot] = max(low, high)
+        if not slots:
+            return
+        index = torch.tensor([slots, positions, tokens], device=self._device)
+        known = self._known[index[0], index[1]]
+        _, entered = self.network.enter(known, index[2])
+        self._cache.write(0, index[0], index[1], *self.network.keys(entered, self.network.rotary(index[1], entered)))
+
+
+class _RaggedWalk:
+    """Walk of the running requests; see `Walk`."""
+
+    def __init__(self, drafter: RaggedChainDrafter, slots: IntArray, positions: IntArray, timer: SpanTimer) -> None:
+        self._drafter, self._slots, self._timer = drafter, slots, timer
+        self._at = positions - 1
+        self._known = drafter.known_before(slots, positions)
+
+    def step(self, previous: torch.Tensor, rows: torch.Tensor | None = None) -> Slots:
+        """Go to the next slot; see `Walk`."""
+        network = self._drafter.network
+        with self._timer.span("draft"):
+            self._known = self._drafter.layer(self._known, previous, self._slots, self._at)
+            self._at = self._at + 1
+        hidden = network.norm(self._known if rows is None else self._known[rows])
+        return Slots(network.base_logits(hidden), hidden, None)
+
+    def along(self, previous: torch.Tensor) -> Slots:
+        """Slots along known tokens; see `Walk`."""
+        return Slots.stack([self.step(column) for column in previous.unbind(dim=1)], dim=1)

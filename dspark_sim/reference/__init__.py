@@ -1,0 +1,35 @@
+"""The DSpark paper's published numbers, as CSV files beside this module, and their loaders.
+
+Acceptance lengths are tokens per round, bonus included; gains are fractions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+_GAIN = "dspark_gain_over_this_drafter_pct_printed"
+
+
+def table1() -> pd.DataFrame:
+    """Table 1's means (γ = 7, T = 1): domains, macro, and DSpark's gain over each drafter.
+
+    Returns
+    -------
+    DataFrame
+        A row per target and drafter: ``target, drafter, math, code, chat, macro, dspark_gain``. A domain is the mean of
+        its three benchmarks and ``macro`` the mean of the nine. ``dspark_gain`` is a ratio of macro means less 1, as
+        the paper prints it; NaN where it prints none (the Gemma target, and DSpark itself).
+    """
+    frame = pd.read_csv(Path(__file__).parent / "table1_macro_average.csv")
+    names = {f"{name}_mean_accepted_length_tokens": name for name in ("math", "code", "chat", "macro")}
+    frame = frame.rename(columns={**names, "target_model": "target"})
+    frame["dspark_gain"] = frame[_GAIN] / 100.0
+    return frame[["target", "drafter", *names.values(), "dspark_gain"]]
+
+
+def printed_gains() -> dict[str, tuple[float, float]]:
+    """The smallest and the largest gain of DSpark that the paper prints, by the drafter it is over."""
+    gains = table1().dropna(subset=["dspark_gain"]).groupby("drafter")["dspark_gain"]
+    return {str(name): (float(values.min()), float(values.max())) for name, values in gains}
