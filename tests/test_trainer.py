@@ -175,18 +175,18 @@ def test_every_kind_is_trained_saved_and_read_back(config, folder, kind):
 def test_acceptance_along_the_text_is_that_of_drafting(config, kind):
     found, _ = _double(replace(config, **KINDS[kind]))
     target, drafter = found.target, found.drafter
-    rng = np.random.default_rng(1)
-    # Text that repeats itself, so that some drafts are right by chance.
-    sequences = [
-        trainer.Sequence(np.tile(rng.integers(2, 60, 3), 12)[:length].astype(np.int64), 4, 0.0)
-        for length in (14, 30, 22)
-    ]
-    # ... and some by construction: what follows the sixth token is what is drafted there.
-    for sequence in sequences:
-        tokens, at = torch.from_numpy(sequence.tokens), torch.tensor([5])
-        _, features = dense_target(target, tokens[None], drafter.config.target_layer_ids, with_hidden=False)
-        walk = dense_walks(drafter, tokens, features[0], at)()
-        sequence.tokens[6:9] = run_head(drafter, walk, tokens[at], 3, greedy).tokens[0].numpy()
+    # Text that the drafter itself would write from here and there, with wrong tokens strewn in.
+    rng, sequences = np.random.default_rng(1), []
+    for length in (14, 30, 22):
+        text = torch.from_numpy(rng.integers(2, VOCABULARY, 5))
+        while len(text) < length:
+            _, features = dense_target(target, text[None], drafter.config.target_layer_ids, with_hidden=False)
+            at = torch.tensor([len(text) - 1])
+            walk = dense_walks(drafter, text, features[0], at)()
+            text = torch.cat((text, run_head(drafter, walk, text[at], 3, greedy).tokens[0, : rng.integers(1, 4)]))
+            if rng.random() < 0.4:
+                text = torch.cat((text, torch.tensor([7])))
+        sequences.append(trainer.Sequence(text[:length].numpy(), 4, 0.0))
     rounds = emitted = 0
     for sequence, accepted in zip(sequences, greedy_acceptance(drafter, target, sequences), strict=True):
         tokens = torch.from_numpy(sequence.tokens)

@@ -72,5 +72,8 @@ def processes(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), world, place)
+        # Nobody leaves while the first process still writes: the others would break its connections.
+        dist.all_reduce(done := torch.zeros(1, device=place))
+        done.item()
     finally:
         dist.destroy_process_group()
