@@ -17,11 +17,10 @@ from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
 from dspark_sim.engine.drafters.block_model import BlockDrafter
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
 from dspark_sim.engine.drafters.heads import run_head
+from dspark_sim.engine.drafters.pending import PendingFeatures
 from dspark_sim.engine.drafters.walk import BlockWalk
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.timing import SpanTimer
-
-_MAX_PENDING_ROWS = 4096
 
 
 class RaggedBlockDrafter:
@@ -63,13 +62,12 @@ class RaggedBlockDrafter:
             dtype=weight.dtype,
             device=weight.device,
         )
-        self._pending: list[tuple[IntArray, IntArray, torch.Tensor]] = []
+        self._pending = PendingFeatures(max_len)
 
     def observe(self, slots: IntArray, starts: IntArray, lens: IntArray, features: torch.Tensor) -> None:
         """Keep features for the next draft; when nothing drafts for long, turn them into context now."""
-        column = np.arange(int(lens.sum())) - np.repeat(np.cumsum(lens) - lens, lens)
-        self._pending.append((np.repeat(slots, lens), np.repeat(starts, lens) + column, features))
-        if sum(len(rows) for rows, _, _ in self._pending) > _MAX_PENDING_ROWS:
+        self._pending.add(slots, starts, lens, features)
+        if self._pending.is_full:
             self._extend_context()
 
     @torch.inference_mode()
@@ -108,22 +106,13 @@ class RaggedBlockDrafter:
             choose = rule.choose(ids, positions, self.network.draft_token_ids)
             walk = BlockWalk(self.network, hidden)
             out = run_head(self.network, walk, anchors, draft_len, choose, self.confidence, with_prob=rule.with_prob)
-            tokens = out.tokens.cpu().numpy()
-            confidence, prob = (
-                None if x is None else x.double().cpu().numpy() for x in (out.confidence, out.draft_prob)
-            )
-        return Drafted(tokens, np.minimum(draft_len, limits), confidence, out.probs, prob)
+            return out.drafted(limits)
 
     def _extend_context(self) -> None:
-        if not self._pending:
+        pending = self._pending.take(self._device)
+        if pending is None:
             return
-        rows = np.stack([np.concatenate([entry[part] for entry in self._pending]) for part in (0, 1)])
-        # A slot may have changed hands since: of two rows for one place only the later one counts.
-        places = rows[0] * self._cache.max_len + rows[1]
-        last = len(places) - 1 - np.unique(places[::-1], return_index=True)[1]
-        slots, positions = torch.from_numpy(rows[:, last]).to(self._device)
-        features = torch.cat([entry[2] for entry in self._pending])[torch.from_numpy(last).to(self._device)]
-        self._pending.clear()
+        slots, positions, features = pending
         context = self.network.project_context(features)
         rotary = self.network.rotary(positions, context)
         for index, layer in enumerate(self.network.layers):

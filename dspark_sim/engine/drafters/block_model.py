@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dspark_sim.engine.drafters.markov import MarkovHead, MarkovHeadType
-from dspark_sim.engine.drafters.network import DraftNetwork, rotate
+from dspark_sim.engine.drafters.network import DraftNetwork, GatedMLP, rotate
 from dspark_sim.engine.drafters.rope import Rope
 from dspark_sim.engine.models import Target, softcap
 from dspark_sim.errors import UserError
@@ -171,26 +171,11 @@ class _Attention(nn.Module):
         return rotate(self.k_norm(keys), rotary), self.v_norm(values)
 
 
-class _MLP(nn.Module):
-    def __init__(self, config: BlockDrafterConfig) -> None:
-        super().__init__()
-        self.gelu = config.layer_family == "gemma4"
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = self.gate_proj(x)
-        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
-        out: torch.Tensor = self.down_proj(gate * self.up_proj(x))
-        return out
-
-
 class _Layer(nn.Module):
     def __init__(self, config: BlockDrafterConfig) -> None:
         super().__init__()
         self.self_attn = _Attention(config)
-        self.mlp = _MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, gelu=config.layer_family == "gemma4")
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gemma = config.layer_family == "gemma4"
@@ -251,9 +236,11 @@ class BlockDrafter(DraftNetwork):
         self._cut_markov = bool(config.draft_vocab_size) and config.markov_vocab == "draft"
         rows = config.draft_vocab_size + 1 if self._cut_markov else config.vocab_size
         kind = cast(MarkovHeadType, config.markov_head_type)
-        self.markov_head = MarkovHead(kind, rows, config.head_size, rank, config.hidden_size) if rank else None
-        if self.markov_head is not None and kind != "vanilla" and not config.markov_head_bias:
-            getattr(self.markov_head, "gate_proj" if kind == "gated" else "joint_proj").register_parameter("bias", None)
+        self.markov_head = None
+        if rank:
+            self.markov_head = MarkovHead(
+                kind, rows, config.head_size, rank, config.hidden_size, bias=config.markov_head_bias
+            )
         judged = config.hidden_size + (rank if config.confidence_head_with_markov else 0)
         self.confidence_head = _ConfidenceHead(judged) if config.enable_confidence_head else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embedding else None

@@ -17,11 +17,10 @@ from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
 from dspark_sim.engine.drafters.chain_model import ChainDrafter
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
 from dspark_sim.engine.drafters.heads import run_head
+from dspark_sim.engine.drafters.pending import PendingFeatures
 from dspark_sim.engine.drafters.walk import Slots
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.timing import SpanTimer
-
-_MAX_PENDING_ROWS = 4096
 
 
 class RaggedChainDrafter:
@@ -56,17 +55,16 @@ class RaggedChainDrafter:
             1, num_slots, config.num_key_value_heads, max_len, config.head_dim, dtype=weight.dtype, device=weight.device
         )
         self._known = torch.zeros((num_slots, max_len, config.hidden_size), dtype=weight.dtype, device=weight.device)
-        self._pending: list[tuple[IntArray, IntArray, torch.Tensor]] = []
+        self._pending = PendingFeatures(max_len)
         # Positions of each slot whose keys are the context's.
         self._done = np.zeros(num_slots, dtype=np.int64)
 
     def observe(self, slots: IntArray, starts: IntArray, lens: IntArray, features: torch.Tensor) -> None:
         """Keep features for the next draft; when nothing drafts for long, project them now."""
-        column = np.arange(int(lens.sum())) - np.repeat(np.cumsum(lens) - lens, lens)
-        self._pending.append((np.repeat(slots, lens), np.repeat(starts, lens) + column, features))
+        self._pending.add(slots, starts, lens, features)
         # A slot that changed hands starts at 0 again.
         self._done[slots] = np.minimum(self._done[slots], starts)
-        if sum(len(rows) for rows, _, _ in self._pending) > _MAX_PENDING_ROWS:
+        if self._pending.is_full:
             self._project()
 
     @torch.inference_mode()
@@ -90,11 +88,7 @@ class RaggedChainDrafter:
             )
             walk = _RaggedWalk(self, np.array([state.slot for state in states]), positions, timer)
             out = run_head(self.network, walk, anchors, draft_len, choose, self.confidence, with_prob=rule.with_prob)
-            tokens = out.tokens.cpu().numpy()
-            confidence, prob = (
-                None if x is None else x.double().cpu().numpy() for x in (out.confidence, out.draft_prob)
-            )
-        return Drafted(tokens, np.minimum(draft_len, limits), confidence, out.probs, prob)
+            return out.drafted(limits)
 
     def known_before(self, slots: IntArray, positions: IntArray) -> torch.Tensor:
         """What was known, g [R, d], at the positions before `positions`."""
@@ -111,10 +105,10 @@ class RaggedChainDrafter:
 
     def _project(self) -> None:
         """Turn pending target features into g."""
-        for slots, positions, features in self._pending:
-            index = torch.from_numpy(np.stack((slots, positions))).to(self._device)
-            self._known[index[0], index[1]] = self.network.fuse(features.to(self._known.dtype))
-        self._pending.clear()
+        pending = self._pending.take(self._device)
+        if pending is not None:
+            slots, positions, features = pending
+            self._known[slots, positions] = self.network.fuse(features.to(self._known.dtype))
 
     def _extend_context(self, states: Sequence[SequenceState]) -> None:
         """Keys and values of committed positions before the anchors' predecessors."""

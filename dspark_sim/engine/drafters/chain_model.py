@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from dspark_sim.engine.drafters.network import DraftNetwork, rotate
+from dspark_sim.engine.drafters.network import DraftNetwork, GatedMLP, rotate
 from dspark_sim.engine.models import Target
 from dspark_sim.errors import UserError
 
@@ -110,9 +109,7 @@ class ChainDrafter(DraftNetwork):
         self.v_proj = nn.Linear(width, key, bias=False)
         self.o_proj = nn.Linear(query, size, bias=False)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=eps)
-        self.gate_proj = nn.Linear(size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
+        self.mlp = GatedMLP(size, config.intermediate_size)
         self.norm = nn.RMSNorm(size, eps=eps)
 
     def attach(self, target: Target) -> ChainDrafter:
@@ -152,6 +149,5 @@ class ChainDrafter(DraftNetwork):
     def leave(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output [..., d] of the layer from its residual stream and attention [..., H, D]: the next step's g."""
         x = residual + self.o_proj(attended.flatten(-2))
-        normed = self.post_attention_layernorm(x)
-        out: torch.Tensor = x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from dspark_sim.engine.drafters import Drafted, IntArray
 from dspark_sim.engine.drafters.choose import Choose, Confidence
 from dspark_sim.engine.drafters.network import DraftNetwork
 from dspark_sim.engine.drafters.walk import Walk
@@ -31,6 +33,12 @@ class HeadOutput:
     confidence: torch.Tensor | None
     probs: torch.Tensor | None
     draft_prob: torch.Tensor | None = None
+
+    def drafted(self, limits: IntArray) -> Drafted:
+        """The same on the host, as proposals of at most `limits` [N] tokens."""
+        tokens: IntArray = self.tokens.cpu().numpy()
+        confidence, prob = (None if x is None else x.double().cpu().numpy() for x in (self.confidence, self.draft_prob))
+        return Drafted(tokens, np.minimum(tokens.shape[1], limits), confidence, self.probs, prob)
 
 
 def run_head(

@@ -35,18 +35,22 @@ class MarkovHead(nn.Module):
         r.
     hidden_size
         d.
+    bias
+        Whether the projection of a ``gated`` or ``rnn`` head has one.
     """
 
-    def __init__(self, kind: MarkovHeadType, num_rows: int, head_size: int, rank: int, hidden_size: int) -> None:
+    def __init__(
+        self, kind: MarkovHeadType, num_rows: int, head_size: int, rank: int, hidden_size: int, *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.rank = rank
         self.markov_w1 = nn.Embedding(num_rows, rank)
         self.markov_w2 = nn.Linear(rank, head_size, bias=False)
         if kind == "gated":
-            self.gate_proj = nn.Linear(hidden_size + rank, rank)
+            self.gate_proj = nn.Linear(hidden_size + rank, rank, bias=bias)
         elif kind == "rnn":
-            self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
+            self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank, bias=bias)
 
     def feature(
         self, hidden: torch.Tensor, embedding: torch.Tensor, state: torch.Tensor | None

@@ -72,12 +72,6 @@ class DraftNetwork(nn.Module):
         self._head_weight = head if not config.draft_vocab_size else head[self.draft_token_ids].contiguous()
         return self
 
-    @property
-    def deepest_layer(self) -> int:
-        """Number of the target's last layer."""
-        assert self._target is not None
-        return int(self._target.config.num_hidden_layers) - 1
-
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids by the target's table."""
         assert self._target is not None
@@ -101,6 +95,24 @@ class DraftNetwork(nn.Module):
     def confidence_logits(self, hidden: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor | None:
         """Logit of the confidence [...], or ``None`` without the head."""
         return None
+
+
+class GatedMLP(nn.Module):
+    """Down(act(gate x) ⊙ up x), with SiLU or the tanh form of GELU; names of parameters are transformers'."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, gelu: bool = False) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] to [..., d]."""
+        gate = self.gate_proj(x)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        out: torch.Tensor = self.down_proj(gate * self.up_proj(x))
+        return out
 
 
 def rotate(heads: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
