@@ -13,6 +13,7 @@ from itertools import pairwise, product
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
@@ -20,6 +21,7 @@ torch = pytest.importorskip("torch")
 
 from dspark_sim import loop  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
+from dspark_sim.engine import anchors as dense_pass  # noqa: E402
 from dspark_sim.engine.anchors import RecordedOutput, dense_anchors  # noqa: E402
 from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
@@ -838,6 +840,42 @@ def test_the_acceptance_of_dense_anchors_is_what_the_laws_share() -> None:
         for k in range(len(path)):
             shared = np.minimum(along.target(0, tuple(path[:k])), along.drafter(0, tuple(path[:k]))).sum()
             assert row["accept_prob"][k] == pytest.approx(shared, abs=1e-5)
+
+
+def outputs_of_many_lengths(toy: Toy) -> list[RecordedOutput]:
+    """Seven outputs of 2 to 45 tokens, neither sorted by length nor by number."""
+    rng = np.random.default_rng(3)
+    return [
+        RecordedOutput(number, PROMPT, rng.integers(0, 4, length).tolist(), {})
+        for number, length in zip((5, 2, 9, 0, 7, 4, 1), (20, 45, 2, 31, 12, 45, 17), strict=True)
+    ]
+
+
+def equal_anchors(left: Any, right: Any) -> None:
+    """Tables of anchors with the same integers; passes of other shapes round probabilities otherwise."""
+    assert left.num_rows == right.num_rows
+    for name in left.column_names:
+        one, two = (table[name].to_pylist() for table in (left, right))
+        if name in ("confidence", "accept_prob", "draft_prob"):
+            for a, b in zip(one, two, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-5)
+        else:
+            assert one == two, name
+
+
+@pytest.mark.parametrize("mode", ["greedy", "coupled", "target_match", "rejection"])
+def test_anchors_do_not_depend_on_how_outputs_share_passes(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs together and apart, in one pass and in several, anchors all at once and eight at a time."""
+    toy = Toy.make()
+    outputs = outputs_of_many_lengths(toy)
+    rule = DraftRule(mode, SOFT, True)
+    together = dense_anchors(toy.target, toy.drafter, outputs, rule)
+    assert together["request_id"].unique().to_pylist() == [5, 2, 9, 0, 7, 4, 1]
+    apart = pa.concat_tables([dense_anchors(toy.target, toy.drafter, [output], rule) for output in outputs])
+    equal_anchors(together, apart)
+    monkeypatch.setattr(dense_pass, "_TOKENS_PER_PASS", 70)
+    monkeypatch.setattr(dense_pass, "_ANCHORS_PER_PASS", 8)
+    equal_anchors(together, dense_anchors(toy.target, toy.drafter, outputs, rule))
 
 
 @pytest.mark.parametrize("recorded", [Fixed(0), PrefixScheduler(toy_replay.COST)], ids=["plain", "scheduled"])

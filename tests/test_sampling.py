@@ -107,6 +107,22 @@ def test_probabilities_equal_a_naive_loop(seed, size, temperature, top_k, top_p)
     np.testing.assert_allclose(probs.sum(-1).numpy(), 1.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0])
+def test_a_nucleus_of_more_tokens_than_are_tried_first(spread):
+    """Rows whose nucleus has hundreds of tokens beside rows where a few do."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 1, (4, 700)) * np.array([spread, 8.0, spread, 8.0])[:, None]
+    probs = probabilities(torch.from_numpy(logits.astype(np.float32)), SamplingParams(1.0, top_p=0.97)).numpy()
+    expected = np.array([_naive_probabilities(row.tolist(), 1.0, 0, 0.97) for row in logits.astype(np.float32)])
+    assert (expected[0] > 0).sum() > 256 or spread == 3.0
+    assert (expected[1] > 0).sum() < 256
+    if spread:
+        np.testing.assert_allclose(probs, expected, rtol=1e-4, atol=1e-6)
+    else:
+        # All tokens of the flat rows are tied; which of them are kept is open, how many is not.
+        np.testing.assert_allclose(np.sort(probs, axis=1), np.sort(expected, axis=1), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_impossible_sampling_is_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):
