@@ -30,6 +30,7 @@ from dspark_sim.analysis.evaluation_tables import paper_table, printed_table, sp
 from dspark_sim.analysis.metrics import summary
 from dspark_sim.analysis.tables import plain, write_rows
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.files import whole_file, write_json
 from dspark_sim.loop import Mode
 from dspark_sim.policy import Fixed
 from dspark_sim.provenance import provenance
@@ -338,10 +339,8 @@ def _measure(
 
 
 def _write(frame: pd.DataFrame, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with explain_os_errors(path, "write"):
+    with whole_file(path) as partial:
         pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), partial)
-        partial.rename(path)
 
 
 def _report(
@@ -366,10 +365,7 @@ def _report(
         "speed": _rows(speed),
         "paper_gains": printed_gains(),
     }
-    with explain_os_errors(out, "write"):
-        partial = out / ".summary.json.partial"
-        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.rename(out / "summary.json")
+    write_json(out / "summary.json", document)
     positions = pd.concat(results.positions, ignore_index=True)
     shown = positions[(positions["source"] == "anchors") & (positions["domain"] == MACRO)]
     text = (

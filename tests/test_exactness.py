@@ -863,6 +863,17 @@ def equal_anchors(left: Any, right: Any) -> None:
             assert one == two, name
 
 
+@pytest.mark.parametrize("most", [1, 60, 150, 1000])
+def test_padded_passes_hold_no_more_tokens_than_they_may(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_pass, "_TOKENS_PER_PASS", most)
+    outputs = outputs_of_many_lengths(Toy.make())
+    groups = list(dense_pass._groups(outputs))
+    assert sorted(output.request_id for group in groups for output in group) == [0, 1, 2, 4, 5, 7, 9]
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(output.num_tokens for output in group) <= most
+    assert len(groups) == 1 if most == 1000 else len(groups) > 1
+
+
 @pytest.mark.parametrize("mode", ["greedy", "coupled", "target_match", "rejection"])
 def test_anchors_do_not_depend_on_how_outputs_share_passes(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs together and apart, in one pass and in several, anchors all at once and eight at a time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from dspark_sim.errors import explain_os_errors
+from dspark_sim.files import write_json
 
 
 def aligned(frame: pd.DataFrame, headers: Mapping[str, str] | None = None, formats: Mapping[str, str] = {}) -> str:
@@ -46,11 +45,7 @@ def write_rows(frame: pd.DataFrame, path: Path | str) -> Path:
     """
     path = Path(path)
     rows = [{str(name): plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
-    with explain_os_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.rename(path)
+    write_json(path, {"rows": rows})
     return path
 
 

@@ -21,6 +21,7 @@ from scipy.stats import rankdata
 
 from dspark_sim.engine.drafters.choose import Confidence
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.files import write_json
 from dspark_sim.trace import Trace
 
 MARGIN = Confidence("margin", 0.0, 1.0)
@@ -127,13 +128,7 @@ def write_margin(confidence: Confidence, path: Path | str, **notes: str) -> None
     UserError
         If the file cannot be written.
     """
-    path = Path(path)
-    document = {"intercept": confidence.intercept, "slope": confidence.slope, **notes}
-    with explain_os_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.rename(path)
+    write_json(path, {"intercept": confidence.intercept, "slope": confidence.slope, **notes})
 
 
 def read_margin(path: Path | str, *, drafter: str | None = None) -> Confidence:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from dspark_sim.engine.drafters.choose import Confidence, ConfidenceKind
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.files import write_json
 
 FILE_NAME = "temperatures.json"
 """In a drafter's folder: used unless another source of confidence is asked for."""
@@ -184,8 +185,4 @@ def _numbers(values: Any) -> tuple[float, ...]:
 def _write(path: Path, document: dict[str, Any]) -> None:
     if not document["temperatures"]:
         raise UserError("zero temperatures to write; fit them first")
-    with explain_os_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.rename(path)
+    write_json(path, document)

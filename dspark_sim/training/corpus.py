@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dspark_sim import __version__
-from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.errors import UserError
+from dspark_sim.files import whole_file
 
 SCHEMA = pa.schema(
     [
@@ -49,11 +50,8 @@ def write_corpus(table: pa.Table, path: Path | str, source: Mapping[str, Any]) -
         "sha256": digest(table),
         **source,
     }
-    with explain_os_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.whole")
+    with whole_file(path) as partial:
         pq.write_table(table.cast(SCHEMA).replace_schema_metadata({_KEY: json.dumps(document)}), partial)
-        partial.rename(path)
 
 
 def read_corpus(path: Path | str, say: Callable[[str], object] = print) -> tuple[pa.Table, dict[str, Any]]:

@@ -95,7 +95,7 @@ def synthesise(config: SynthesisConfig) -> Path:
     total = wave = 0
     with explain_os_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}.waves")
         with (
             pq.ParquetWriter(partial, SCHEMA) as writer,
             tqdm(total=config.num_tokens, unit="token", unit_scale=True, desc="synthesis") as bar,

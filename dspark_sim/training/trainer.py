@@ -26,6 +26,7 @@ from dspark_sim.engine.drafters.checkpoint import save_drafter
 from dspark_sim.engine.drafters.dense import dense_target, teacher_forced
 from dspark_sim.engine.models import Target, load_target
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.files import whole_file
 from dspark_sim.training.build import AnyDrafter, new_drafter
 from dspark_sim.training.config import TrainConfig
 from dspark_sim.training.data import (
@@ -252,9 +253,8 @@ class _Trainer:
             for index, entry in optimiser.state_dict()["state"].items():
                 for key, value in entry.items():
                     state[f"{prefix}.{names[index]}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        partial = self.out / ".state.safetensors.partial"
-        save_file(state, partial, {"update": str(update), "seconds": str(self.seconds), "config": self._key()})
-        partial.rename(self.out / "state.safetensors")
+        with whole_file(self.out / "state.safetensors") as partial:
+            save_file(state, partial, {"update": str(update), "seconds": str(self.seconds), "config": self._key()})
 
     def _key(self) -> str:
         return json.dumps({k: v for k, v in asdict(self.config).items() if k not in _ELSEWHERE})

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.errors import UserError
+from dspark_sim.files import whole_file, write_json
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -86,12 +87,9 @@ def fill(network: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the two files, the weights at once or not at all."""
-    with explain_os_errors(folder, "write"):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".model.safetensors.partial"
+    with whole_file(folder / _WEIGHTS) as partial:
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        partial.rename(folder / _WEIGHTS)
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "config.json", config)
 
 
 def damaged(folder: Path, reason: object) -> UserError:
