@@ -1,7 +1,5 @@
 """A drafter's folder in our own form and in others': what is written comes back, and what does not fit is refused."""
 
-from types import SimpleNamespace
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,15 +7,14 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from dspark_sim.engine.attention import ATTENTION_NAME, register_attention  # noqa: E402
 from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig  # noqa: E402
 from dspark_sim.engine.drafters.chain_model import ChainDrafter, ChainDrafterConfig  # noqa: E402
 from dspark_sim.engine.drafters.checkpoint import load_drafter, save_drafter  # noqa: E402
 from dspark_sim.engine.drafters.dense import teacher_forced  # noqa: E402
-from dspark_sim.engine.models import Target  # noqa: E402
 from dspark_sim.errors import UserError  # noqa: E402
+from tests.tiny import HIDDEN, tiny_target  # noqa: E402
 
-VOCABULARY, HIDDEN = 50, 24
+VOCABULARY = 50
 SHAPE = {
     "target": "tiny",
     "hidden_size": HIDDEN,
@@ -33,21 +30,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def target():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    register_attention()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attn_implementation=ATTENTION_NAME,
-    )
-    return Target("tiny", LlamaForCausalLM(config).eval().requires_grad_(False), SimpleNamespace(eos_token_id=0))
+    return tiny_target(VOCABULARY)
 
 
 def _block(target, kind="vanilla", draft_vocab_size=20):

@@ -1,14 +1,12 @@
 """The loss against a loop over anchors, and the dense pass against the ragged one, on a tiny random target."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from dspark_sim.engine.attention import ATTENTION_NAME, RaggedBatch, register_attention  # noqa: E402
+from dspark_sim.engine.attention import RaggedBatch  # noqa: E402
 from dspark_sim.engine.drafters import SequenceState  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig  # noqa: E402
@@ -17,9 +15,9 @@ from dspark_sim.engine.drafters.dense import dense_hidden, dense_target, teacher
 from dspark_sim.engine.drafters.heads import greedy, run_head  # noqa: E402
 from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
 from dspark_sim.engine.kv_cache import SlotCache  # noqa: E402
-from dspark_sim.engine.models import Target  # noqa: E402
 from dspark_sim.engine.timing import SpanTimer  # noqa: E402
 from dspark_sim.training.losses import Norm, dspark_loss  # noqa: E402
+from tests.tiny import tiny_target  # noqa: E402
 
 VOCABULARY = 50
 
@@ -135,22 +133,7 @@ def test_a_perfect_draft_has_no_distance():
 
 @pytest.fixture(scope="module")
 def target():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    register_attention()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attn_implementation=ATTENTION_NAME,
-    )
-    model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
-    return Target("tiny", model, SimpleNamespace(eos_token_id=0))
+    return tiny_target(VOCABULARY, torch.float64)
 
 
 def _drafter(target, draft_vocab_size, markov_rank, markov_head_type="vanilla"):

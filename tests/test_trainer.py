@@ -14,7 +14,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from dspark_sim.engine.attention import ATTENTION_NAME, register_attention  # noqa: E402
 from dspark_sim.engine.drafters.checkpoint import load_drafter  # noqa: E402
 from dspark_sim.engine.drafters.dense import dense_target, dense_walks  # noqa: E402
 from dspark_sim.engine.drafters.heads import greedy, run_head  # noqa: E402
@@ -27,6 +26,7 @@ from dspark_sim.training.corpus import SCHEMA  # noqa: E402
 from dspark_sim.training.data import Batches, frequent_tokens, pack, read_sequences, valid_slots  # noqa: E402
 from dspark_sim.training.evaluation import evaluate, greedy_acceptance  # noqa: E402
 from dspark_sim.training.trainer import train  # noqa: E402
+from tests.tiny import tiny_llama  # noqa: E402
 
 VOCABULARY = 60
 KINDS = {
@@ -43,24 +43,10 @@ KINDS = {
 def folder(tmp_path_factory):
     """A target's folder, with a tokenizer of words w0 .. w59."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    register_attention()
     path = tmp_path_factory.mktemp("target")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        eos_token_id=0,
-        attn_implementation=ATTENTION_NAME,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama(VOCABULARY, initializer_range=0.3, eos_token_id=0).save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", eos_token="w0").save_pretrained(path)

@@ -102,6 +102,9 @@ def test_a_resumed_run_has_the_curve_and_the_weights_of_a_whole_one(config, tmp_
         with pytest.raises(UserError, match="other settings") as caught:
             train(replace(halves, **change))
         assert "\n" not in str(caught.value)
+    other = _write(tmp_path / "other.parquet", seed=5)
+    with pytest.raises(UserError, match="a run on other text"):
+        train(replace(halves, data=str(other)))
     assert _curve(halves.out) == whole
 
 

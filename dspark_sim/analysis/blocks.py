@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow.compute as pc
 
+from dspark_sim.anchor_arrays import integers, lengths, padded
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DraftBatch, survival_of
 from dspark_sim.policy import LoadView
@@ -94,18 +94,18 @@ class Blocks:
                 f"the trace has {table.num_rows} anchors and its outputs need {request.size}, one at every token but "
                 "the last; make the dense pass anew"
             )
-        draft_len = pc.list_value_length(table["draft_tokens"]).to_numpy().astype(np.int64)
+        draft_len = lengths(table, "draft_tokens")
         gamma = max(int(draft_len.max(initial=0)), int(trace.config.get("block_size") or 0))
         confidence = np.full((request.size, gamma), np.nan)
         has_confidence = bool(trace.config.get("has_confidence")) and table["confidence"].null_count == 0
         if has_confidence:
-            confidence[np.arange(gamma) < draft_len[:, None]] = pc.list_flatten(table["confidence"]).to_numpy()
+            confidence = padded(table, "confidence", gamma, np.nan)
         return Blocks(
             requests=requests.assign(first_row=first_row),
             request=request,
             place=place,
             draft_len=draft_len,
-            num_accepted=table["num_accepted"].to_numpy().astype(np.int64),
+            num_accepted=integers(table, "num_accepted"),
             confidence=confidence,
             has_confidence=has_confidence,
         )

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import rankdata
 
+from dspark_sim.anchor_arrays import integers, lengths, padded, room
 from dspark_sim.engine.drafters.choose import Confidence
 from dspark_sim.errors import UserError, explain_os_errors
 from dspark_sim.files import write_json
@@ -175,22 +175,19 @@ def _observed(trace: Trace) -> _Slots:
         raise UserError(f"the trace has no anchors, to which margins are fitted; {_REMEDY}")
     if anchors["confidence"].null_count:
         raise UserError(f"the trace's anchors have no confidences, from which margins are read; {_REMEDY}")
-    lens = pc.list_value_length(anchors["confidence"]).to_numpy().astype(np.int64)
-    values = pc.list_flatten(anchors["confidence"]).to_numpy().astype(np.float64)
+    lens = lengths(anchors, "confidence")
+    values = padded(anchors, "confidence", int(lens.max(initial=0)), np.nan)
+    drafted = np.arange(values.shape[1]) < lens[:, None]
     # σ of a difference that is not negative.
-    if not (values >= 0.5).all():
-        raise UserError(f"the trace's anchors have a confidence of {values.min():.3g}, which is no margin's; {_REMEDY}")
-    requests = trace.tables["requests"].select(["request_id", "prompt_len", "output_len"]).to_pylist()
-    ends = {row["request_id"]: row["prompt_len"] + row["output_len"] - 1 for row in requests}
-    request_id = anchors["request_id"].to_numpy()
-    room = np.array([ends[number] for number in request_id.tolist()]) - anchors["position"].to_numpy()
-    num_accepted = anchors["num_accepted"].to_numpy()
-    row = np.repeat(np.arange(len(lens)), lens)
-    slot = np.arange(len(row)) - np.repeat(np.cumsum(lens) - lens, lens)
-    met = (slot <= num_accepted[row]) & (slot < room[row])
-    row, slot = row[met], slot[met]
+    if not (values[drafted] >= 0.5).all():
+        least = values[drafted].min()
+        raise UserError(f"the trace's anchors have a confidence of {least:.3g}, which is no margin's; {_REMEDY}")
+    num_accepted = integers(anchors, "num_accepted")
+    behind = np.minimum(room(trace), num_accepted + 1)
+    row, slot = np.nonzero(drafted & (np.arange(values.shape[1]) < behind[:, None]))
     # Large margins round to 1 in float32.
-    return _Slots(logit(np.minimum(values[met], 1.0 - 2.0**-25)), slot < num_accepted[row], request_id[row])
+    margin = logit(np.minimum(values[row, slot], 1.0 - 2.0**-25))
+    return _Slots(margin, slot < num_accepted[row], integers(anchors, "request_id")[row])
 
 
 def _fit(slots: _Slots) -> Confidence:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from dspark_sim.anchor_arrays import integers, lengths, padded
 from dspark_sim.errors import UserError
 from dspark_sim.loop import Mode
 from dspark_sim.request import FinishReason
@@ -145,7 +144,7 @@ class RecordedAnchors:
             raise UserError("the trace has no finished request; record at least one")
         if table.num_rows == 0 and any(request["output_len"] > 1 for request in requests):
             raise UserError("the trace has no anchors; record it with the dense pass, or give the recorded live trace")
-        owner, position = _integers(table, "request_id"), _integers(table, "position")
+        owner, position = integers(table, "request_id"), integers(table, "position")
         order = np.lexsort((position, owner))
         owner, position = owner[order], position[order]
         keys = [row["prompt_id"] if mode == "greedy" else f"{row['prompt_id']}#{row['request_id']}" for row in requests]
@@ -180,12 +179,12 @@ def _assemble(
     request_prompts: tuple[str, ...],
     mode: Mode,
 ) -> RecordedAnchors:
-    draft_len = _lengths(table, "draft_tokens")
-    num_accepted = _integers(table, "num_accepted")
+    draft_len = lengths(table, "draft_tokens")
+    num_accepted = integers(table, "num_accepted")
     # A drafter that finds fewer tokens than it may (prompt lookup) can leave every row short of its block size.
     block_size = max(int(draft_len.max(initial=0)), int(trace.config.get("block_size") or 0))
-    draft_tokens: TokenArray = _padded(table, "draft_tokens", np.full((table.num_rows, block_size), -1, dtype=np.int32))
-    confidence: FloatArray = _padded(table, "confidence", np.full((table.num_rows, block_size), np.nan))
+    draft_tokens: TokenArray = padded(table, "draft_tokens", block_size, np.int32(-1))
+    confidence: FloatArray = padded(table, "confidence", block_size, np.nan)
     for prompt in prompts.values():
         limit = np.minimum(draft_len[prompt.rows], np.arange(prompt.output_len - 1, 0, -1))
         excess = np.flatnonzero((num_accepted[prompt.rows] > limit) | (num_accepted[prompt.rows] < 0))
@@ -198,8 +197,8 @@ def _assemble(
     def optional(name: str) -> FloatArray | None:
         if table[name].null_count == table.num_rows:
             return None
-        padded: FloatArray = _padded(table, name, np.zeros((table.num_rows, block_size)))
-        return padded
+        values: FloatArray = padded(table, name, block_size, 0.0)
+        return values
 
     return RecordedAnchors(
         prompts=prompts,
@@ -213,23 +212,3 @@ def _assemble(
         accept_prob=optional("accept_prob"),
         draft_prob=optional("draft_prob"),
     )
-
-
-def _integers(table: pa.Table, name: str) -> IntArray:
-    values: IntArray = table[name].to_numpy().astype(np.int64)
-    return values
-
-
-def _lengths(table: pa.Table, name: str) -> IntArray:
-    lengths: IntArray = pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy().astype(np.int64)
-    return lengths
-
-
-def _padded(table: pa.Table, name: str, padded: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Write a list column into the rows of `padded` [T, width]; what exceeds the width is left out."""
-    lengths = _lengths(table, name)
-    row = np.repeat(np.arange(lengths.size), lengths)
-    column = np.arange(row.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    fits = column < padded.shape[1]
-    padded[row[fits], column[fits]] = pc.list_flatten(table[name]).to_numpy()[fits]
-    return padded

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 from scipy.special import expit, logit
 
+from dspark_sim.anchor_arrays import integers, lengths, padded, request_rows, room
 from dspark_sim.errors import UserError
 from dspark_sim.trace import Trace
 
@@ -92,22 +92,15 @@ class Outcomes:
             raise UserError(
                 "the confidences of the trace are at temperatures already; record it again with --temperatures none"
             )
-        lens = pc.list_value_length(anchors["confidence"]).to_numpy().astype(np.int64)
-        values = pc.list_flatten(anchors["confidence"]).to_numpy().astype(np.float64)
-        if not ((values >= 0) & (values <= 1)).all():
-            strange = values[~((values >= 0) & (values <= 1))][0]
-            raise UserError(f"the trace has a confidence of {strange:.3g}, which is no probability; record it again")
-        drafted = np.arange(lens.max(initial=0)) < lens[:, None]
-        confidence = np.full(drafted.shape, np.nan)
-        confidence[drafted] = values
-        requests = trace.tables["requests"].select(["request_id", "prompt_id", "prompt_len", "output_len"]).to_pylist()
-        ends = {row["request_id"]: row["prompt_len"] + row["output_len"] - 1 for row in requests}
-        names = {row["request_id"]: row["prompt_id"] for row in requests}
-        request_id = anchors["request_id"].to_pylist()
-        room = np.array([ends[number] for number in request_id]) - anchors["position"].to_numpy()
-        judged = drafted & (np.arange(drafted.shape[1]) < room[:, None])
-        prompts = np.array([names[number] for number in request_id], dtype=object)
-        return Outcomes(confidence, anchors["num_accepted"].to_numpy(), judged, prompts)
+        lens = lengths(anchors, "confidence")
+        confidence = padded(anchors, "confidence", int(lens.max(initial=0)), np.nan)
+        drafted = np.arange(confidence.shape[1]) < lens[:, None]
+        strange = confidence[drafted & ~((confidence >= 0) & (confidence <= 1))]
+        if strange.size:
+            raise UserError(f"the trace has a confidence of {strange[0]:.3g}, which is no probability; record it again")
+        judged = drafted & (np.arange(drafted.shape[1]) < room(trace)[:, None])
+        prompts = trace.tables["requests"]["prompt_id"].to_numpy()[request_rows(trace)]
+        return Outcomes(confidence, integers(anchors, "num_accepted"), judged, prompts.astype(object))
 
 
 def calibrated(confidence: npt.ArrayLike, temperatures: npt.ArrayLike) -> FloatArray:

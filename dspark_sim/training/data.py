@@ -62,6 +62,16 @@ def read_sequences(
     return usable
 
 
+def text_digest(sequences: Iterable[Sequence]) -> str:
+    """SHA-256 of the sequences in their order, where their answers start, and at what temperature they were drawn."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.array([sequence.tokens.size, sequence.prompt_len], dtype="<i8").tobytes())
+        digest.update(np.array([sequence.temperature], dtype="<f8").tobytes())
+        digest.update(sequence.tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
 def without_prompts(sequences: list[Sequence], prompts: Iterable[list[int]]) -> list[Sequence]:
     """The sequences that do not answer one of the given prompts (token ids)."""
     known = {np.array(prompt, dtype="<i4").tobytes() for prompt in prompts}

@@ -38,6 +38,7 @@ from dspark_sim.training.data import (
     pack,
     read_sequences,
     split_held_out,
+    text_digest,
     valid_slots,
     without_prompts,
 )
@@ -74,7 +75,7 @@ def train(config: TrainConfig) -> Path:
         train_set, held_out = _text(config, target, group)
         size = config.draft_vocab_size
         ids = frequent_tokens(train_set, target.config.vocab_size, size) if size else None
-        trainer = _Trainer(config, target, new_drafter(config, target, ids), out, group)
+        trainer = _Trainer(config, target, new_drafter(config, target, ids), out, group, text_digest(train_set))
         batches = Batches(train_set, config.sequences_per_update, config.anchors_per_sequence, config.seed)
         start = trainer.resume()
         with (
@@ -124,8 +125,15 @@ class _Trainer:
     """Drafter, optimisers and files of one run."""
 
     def __init__(
-        self, config: TrainConfig, target: Target, drafter: AnyDrafter, out: Path, group: Processes | None = None
+        self,
+        config: TrainConfig,
+        target: Target,
+        drafter: AnyDrafter,
+        out: Path,
+        group: Processes | None = None,
+        text: str = "",
     ) -> None:
+        self.text = text
         self.config, self.target, self.drafter, self.out = config, target, drafter, out
         self.group = group or Processes(0, 1, target.device)
         named = dict(drafter.named_parameters())
@@ -246,7 +254,7 @@ class _Trainer:
         if not self.group.is_first:
             return
         settings = {k: v for k, v in asdict(self.config).items() if k not in _ELSEWHERE}
-        notes = {"updates_done": update, "seconds": round(self.seconds, 1), **settings}
+        notes = {"updates_done": update, "seconds": round(self.seconds, 1), "text_sha256": self.text, **settings}
         save_drafter(self.drafter, self.out, notes)
         state = {f"weights.{name}": p.detach().cpu() for name, p in self.drafter.named_parameters()}
         for prefix, optimiser, names, _ in self.groups:
@@ -254,7 +262,8 @@ class _Trainer:
                 for key, value in entry.items():
                     state[f"{prefix}.{names[index]}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
         with whole_file(self.out / "state.safetensors") as partial:
-            save_file(state, partial, {"update": str(update), "seconds": str(self.seconds), "config": self._key()})
+            run = {"config": self._key(), "text": self.text}
+            save_file(state, partial, {"update": str(update), "seconds": str(self.seconds), **run})
 
     def _key(self) -> str:
         return json.dumps({k: v for k, v in asdict(self.config).items() if k not in _ELSEWHERE})
@@ -266,6 +275,8 @@ class _Trainer:
             return 0
         with safe_open(path, "pt") as file:
             notes = file.metadata() or {}
+        if notes.get("text") != self.text:
+            raise UserError(f"{self.out} holds a run on other text; give that text, or choose another folder")
         if notes.get("config") != self._key():
             raise UserError(f"{self.out} holds a run with other settings; choose another folder or remove it")
         state = load_file(path)
