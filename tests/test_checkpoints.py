@@ -6,13 +6,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
+from tiny import HIDDEN, tiny_target  # noqa: E402
 
 from dspark_sim.engine.drafters.block_model import BlockDrafter, BlockDrafterConfig  # noqa: E402
 from dspark_sim.engine.drafters.chain_model import ChainDrafter, ChainDrafterConfig  # noqa: E402
 from dspark_sim.engine.drafters.checkpoint import load_drafter, save_drafter  # noqa: E402
 from dspark_sim.engine.drafters.dense import teacher_forced  # noqa: E402
 from dspark_sim.errors import UserError  # noqa: E402
-from tests.tiny import HIDDEN, tiny_target  # noqa: E402
 
 VOCABULARY = 50
 SHAPE = {

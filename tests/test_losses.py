@@ -6,6 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from tiny import tiny_target  # noqa: E402
+
 from dspark_sim.engine.attention import RaggedBatch  # noqa: E402
 from dspark_sim.engine.drafters import SequenceState  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
@@ -17,7 +19,6 @@ from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
 from dspark_sim.engine.kv_cache import SlotCache  # noqa: E402
 from dspark_sim.engine.timing import SpanTimer  # noqa: E402
 from dspark_sim.training.losses import Norm, dspark_loss  # noqa: E402
-from tests.tiny import tiny_target  # noqa: E402
 
 VOCABULARY = 50
 

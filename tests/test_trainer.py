@@ -14,6 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from tiny import tiny_llama  # noqa: E402
+
 from dspark_sim.engine.drafters.checkpoint import load_drafter  # noqa: E402
 from dspark_sim.engine.drafters.dense import dense_target, dense_walks  # noqa: E402
 from dspark_sim.engine.drafters.heads import greedy, run_head  # noqa: E402
@@ -26,7 +28,6 @@ from dspark_sim.training.corpus import SCHEMA  # noqa: E402
 from dspark_sim.training.data import Batches, frequent_tokens, pack, read_sequences, valid_slots  # noqa: E402
 from dspark_sim.training.evaluation import evaluate, greedy_acceptance  # noqa: E402
 from dspark_sim.training.trainer import train  # noqa: E402
-from tests.tiny import tiny_llama  # noqa: E402
 
 VOCABULARY = 60
 KINDS = {
