@@ -37,6 +37,7 @@ _COMMANDS = {
     "bench": ("live", "Bench"),
     "merge-synthesis": ("training", "MergeSynthesis"),
     "learning-curves": ("training", "LearningCurves"),
+    "model-card": ("training", "ModelCard"),
 }
 _EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "safetensors", "accelerate", "gguf"), "engine"),
@@ -58,6 +59,7 @@ commands:
   merge-synthesis  make one file of several that it wrote
   train            train a drafter (DSpark, DFlash, Eagle3 or MTP)
   learning-curves  draw training runs in one figure
+  model-card       write a trained drafter's README
   fit-margin       learn how sure a drafter without a confidence head is
   calibrate        turn a drafter's confidences into probabilities
   export           write a drafter as a DeepSpec checkpoint

@@ -1,4 +1,4 @@
-"""Commands around training: train, merge-synthesis, learning-curves."""
+"""Commands around training: train, merge-synthesis, learning-curves, model-card."""
 
 from __future__ import annotations
 
@@ -66,3 +66,22 @@ class LearningCurves:
         from dspark_sim.analysis.learning import save_learning_curves
 
         print(f"Wrote the figure to {save_learning_curves(self.runs, self.out, self.note)}.")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Write README.md into drafters' folders: shape, data, recipe, learning curve, evaluation."""
+
+    drafters: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of trained drafters."""
+    data: str
+    """What they were trained on: a sentence."""
+    evaluation: Path | None = None
+    """summary.json of `dspark-sim evaluate`."""
+
+    def run(self) -> None:
+        """Run it."""
+        from dspark_sim.analysis.model_card import write_model_card
+
+        for folder in self.drafters:
+            print(f"Wrote {write_model_card(folder, self.data, self.evaluation)}.")
