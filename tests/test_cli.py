@@ -23,7 +23,7 @@ from dspark_sim.trace import Trace
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
     *("demo", "record", "profile", "simulate", "compare", "verify", "evaluate", "synthesise", "merge-synthesis"),
-    *("train", "learning-curves", "fit-margin", "calibrate", "export", "bench"),
+    *("train", "learning-curves", "model-card", "fit-margin", "calibrate", "export", "bench"),
 )
 POLICIES = get_args(PolicyName)
 
@@ -85,7 +85,7 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith(f"usage: dspark-sim {command}")
     # These make one file and print no table.
-    assert ("--json" in text) == (command not in ("merge-synthesis", "learning-curves", "export"))
+    assert ("--json" in text) == (command not in ("merge-synthesis", "learning-curves", "model-card", "export"))
     assert "PATH (default" not in text and "INT (default" not in text and "STR (default" not in text
 
 
