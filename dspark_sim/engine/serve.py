@@ -37,7 +37,7 @@ from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.trace import Trace, TraceRecorder
 from dspark_sim.workload import ClosedLoop, Prompt, Workload, repeat
 
-BUNDLED_DRAFTERS = ("dspark", "dflash")
+BUNDLED_DRAFTERS = ("dspark", "dspark-rnn", "dflash", "eagle3", "mtp1")
 
 
 @dataclass(eq=False)
