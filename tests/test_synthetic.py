@@ -69,7 +69,7 @@ def test_survival_is_the_integral_over_all_effects() -> None:
         )
         return float(chance) * density(shared) * density(first) * density(second)
 
-    value, _ = nquad(integrand, [(-7, 7)] * 3, opts={"epsabs": 1e-6, "limit": 30})
+    value, _ = nquad(integrand, [(-6, 6)] * 3, opts={"epsabs": 1e-5, "limit": 30})
     assert law.mean_survival()[1] == pytest.approx(value, abs=1e-5)
     assert value == pytest.approx(0.8 * 0.7, abs=1e-5)
 
@@ -101,7 +101,9 @@ def test_expected_rounds_are_those_of_all_paths(verify_len: int) -> None:
     for output_len in range(1, 9):
         assert law.expected_rounds(output_len, verify_len) == pytest.approx(rounds(output_len - 1))
     # Far from the end a request emits its mean acceptance length a round.
-    assert 4000 / law.expected_rounds(4001, verify_len) == pytest.approx(law.mean_acceptance_length(verify_len), rel=1e-3)
+    assert 4000 / law.expected_rounds(4001, verify_len) == pytest.approx(
+        law.mean_acceptance_length(verify_len), rel=1e-3
+    )
 
 
 def test_a_law_survives_json() -> None:
@@ -212,19 +214,19 @@ def test_confidences_are_as_calibrated_as_stated(scale: float, shift: float, noi
 @pytest.mark.parametrize(("verify_len", "num_users"), [(0, 1), (2, 1), (4, 1), (4, 6)])
 def test_throughput_at_constant_seconds_is_the_closed_form(verify_len: int, num_users: int) -> None:
     """Every round takes 10 ms and prefills none: a user's requests take their rounds."""
-    output_len, num_requests = 60, 240
+    output_len, num_requests = 40, 150
     expected = LAW.expected_rounds(output_len, verify_len)
     rounds = []
-    for seed in range(3):
+    for seed in range(2):
         anchors = synthetic_anchors(LAW, num_requests, prompt_len=20, output_len=output_len, seed=seed)
         cost = constant_cost(0.010, 0.0)
-        run = simulate(anchors, Fixed(verify_len), ClosedLoop(num_users), cost, scheduler=None)
+        run = simulate(anchors, Fixed(verify_len), ClosedLoop(num_users), cost)
         rounds += run.drafts.groupby("request_id").size().tolist()
         assert (run.requests["output_len"] == output_len).all()
         if num_users == 1:
             measured = summary(run)["output_throughput"]
             assert measured == pytest.approx(output_len / (np.mean(rounds[-num_requests:]) * 0.010))
-            assert measured == pytest.approx(output_len / (expected * 0.010), rel=0.05)
+            assert measured == pytest.approx(output_len / (expected * 0.010), rel=0.08)
         # Seconds of a request are its rounds', whoever shares them.
         seconds = (run.requests["finish"] - run.requests["first_token"]).sum()
         assert seconds == pytest.approx(0.010 * sum(rounds[-num_requests:]))
@@ -246,7 +248,7 @@ def test_policies_meet_the_same_luck_and_the_trace_says_whose() -> None:
             prompt = anchors.prompts[f"synthetic-{row.request_id}"]
             full = anchors.num_accepted[prompt.first_row + row.position - prompt.prompt_len]
             assert row.num_accepted == min(full, row.verify_len)
-    assert (runs[0].requests[["prompt_len", "output_len"]] == (1000, 250)).all().all()
+    assert set(runs[0].requests["prompt_len"]) == {1000} and set(runs[0].requests["output_len"]) == {250}
     again = simulate(law, Fixed(7), ClosedLoop(4), cost, num_requests=8, seed=7)
     assert again.drafts.astype(str).equals(runs[0].drafts.astype(str))
     other = simulate(law, Fixed(7), ClosedLoop(4), cost, num_requests=8, seed=8)
@@ -274,9 +276,11 @@ def test_domains_have_laws_of_their_own() -> None:
     anchors = synthetic_anchors(laws, 180, domains=domains, prompt_len=10, output_len=60)
     run = simulate(anchors, Fixed(7), Poisson(20.0, 1), toy_cost())
     assert run.requests["domain"].tolist() == domains
-    lengths = run.drafts.merge(run.requests, on="request_id").groupby("domain")["num_accepted"].mean() + 1
+    rounds = run.drafts.groupby("request_id").size().to_numpy()
     for domain, law in laws.items():
-        assert lengths[domain] == pytest.approx(law.mean_acceptance_length(), rel=0.08)
+        mine = rounds[np.array(domains) == domain]
+        error = mine.std(ddof=1) / np.sqrt(mine.size)
+        assert mine.mean() == pytest.approx(law.expected_rounds(60), abs=4 * error) and error < 1
 
 
 @pytest.mark.parametrize("mode", ["greedy", "rejection"])
@@ -307,8 +311,8 @@ def test_a_fit_recovers_the_law() -> None:
     for seed in range(3):
         fit = fit_synthetic(synthetic_anchors(law, 200, output_len=150, seed=seed))
         frame = fit.positions
-        error = frame["conditional_acceptance_se"]
-        assert (abs(frame["conditional_acceptance"] - law.conditional_acceptance) < 4 * error).all()
+        off = frame["conditional_acceptance"] - np.array(law.conditional_acceptance)
+        assert (abs(off) < 4 * frame["conditional_acceptance_se"]).all()
         # logit p = (logit c - shift) / scale.
         assert (abs(frame["slope"] - 1 / 1.3) < 4 * frame["slope_se"]).all()
         assert (abs(frame["intercept"] + 0.4 / 1.3) < 4 * frame["intercept_se"]).all()
@@ -337,10 +341,12 @@ def test_a_noisy_drafter_is_fitted_by_one_with_the_same_reliability() -> None:
             there = one.num_accepted >= k
             confidence, happened = one.confidence[there, k], one.num_accepted[there] > k
             index = np.minimum((confidence * 5).astype(int), 4)
-            shown.append(
-                (confidence.mean(), confidence.std(), *(happened[index == b].mean() for b in range(1, 5)))
-            )
-        assert np.array(shown[0]) == pytest.approx(np.array(shown[1]), abs=0.05)
+            count = np.bincount(index, minlength=5)
+            came_true = np.bincount(index, weights=happened, minlength=5) / count
+            shown.append((confidence.mean(), confidence.std(), came_true, count / count.sum()))
+        (mean, spread, came_true, share), (twin_mean, twin_spread, twin_came_true, twin_share) = shown
+        assert (mean, spread) == (pytest.approx(twin_mean, abs=0.01), pytest.approx(twin_spread, abs=0.01))
+        assert share @ np.abs(came_true - twin_came_true) < 0.015 and np.abs(share - twin_share).max() < 0.015
 
 
 def test_a_useless_confidence_is_noise() -> None:
@@ -452,7 +458,7 @@ def test_bad_input_is_one_sentence() -> None:
     ):
         with pytest.raises(UserError, match=message):
             replace(LAW, **values)
-    with pytest.raises(UserError, match="noise_sd is -1.0"):
+    with pytest.raises(UserError, match=r"noise_sd is -1\.0"):
         ConfidenceLaw(noise_sd=(-1.0,))
     with pytest.raises(UserError, match=r"scale is \(inf,\)"):
         ConfidenceLaw(scale=(float("inf"),))
@@ -483,7 +489,7 @@ def test_bad_input_is_one_sentence() -> None:
         preset(drafter="mtp", domain="math")
     with pytest.raises(UserError, match="Figure 2 has no target_model 'qwen3-8b'; choose one of qwen3-4b"):
         preset("qwen3-8b", drafter="dspark", domain="math")
-    with pytest.raises(UserError, match="difficulty_sd is 3.0"):
+    with pytest.raises(UserError, match=r"difficulty_sd is 3\.0"):
         preset(drafter="dspark", domain="math", difficulty_sd=3.0)
     with pytest.raises(UserError, match="there are no published numbers 'fig9'; choose one of fig2_"):
         load("fig9")

@@ -1,8 +1,9 @@
 """The DSpark paper's published numbers, as CSV files beside this module, and their loaders.
 
-Acceptance lengths are tokens per round, bonus included; gains and acceptances are fractions. Figures were digitised from
-the paper's vector graphics (error 1e-6; counts exact). In those of Figure 6, forecasts and outcomes are prefix survivals
-of Qwen3-4B's DSpark drafter on Alpaca, in 20 equal bins, ``before`` and ``after`` sequential temperature scaling.
+Acceptance lengths are tokens per round, bonus included; gains and acceptances are fractions. Figures were digitised
+from the paper's vector graphics (error 1e-6; counts exact). In those of Figure 6, forecasts and outcomes are prefix
+survivals of Qwen3-4B's DSpark drafter on Alpaca, in 20 equal bins, ``before`` and ``after`` sequential temperature
+scaling.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The simulator: recorded acceptance and fitted costs replayed under synthetic concurrency.
 
 `acceptance` holds what was recorded, `executor` answers the decode loop from it, `processes` is the world around the
-loop (users, arrivals), and `run` puts them together. In place of a recording there may be a law: `synthetic` states it,
-`synthetic_anchors` generates from it, `synthetic_fit` fits it to a recording, and `presets` has the paper's. Nothing here
-imports torch.
+loop (users, arrivals), and `run` puts them together. In place of a recording there may be a law: `synthetic` states
+it, `synthetic_anchors` generates from it, `synthetic_fit` fits it to a recording, and `presets` has the paper's.
+Nothing here imports torch.
 """
 
 from dspark_sim.simulate.acceptance import RecordedAnchors, RecordedPrompt

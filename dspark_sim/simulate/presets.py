@@ -2,8 +2,8 @@
 
 Figure 2 gives conditional acceptance per position for Qwen3-4B by drafter and domain, over the rounds of live runs at
 γ = 7 and T = 1. Figure 6 gives, for DSpark on Alpaca, the histogram of predicted survivals at positions 1, 3, 5 and 7
-and how often they came true. From its raw (``before``) curves come the spread of acceptance within a domain, shared by a
-block's positions and each position's own, and the confidences' scale and shift: four numbers for the four histograms
+and how often they came true. From its raw (``before``) curves come the spread of acceptance within a domain, shared by
+a block's positions and each position's own, and the confidences' scale and shift: four numbers for the four histograms
 and the four reliability curves, by least squares (`fit_figure6`). `figure6_misfit` says how far off they are.
 
 The paper does not say how much of the shared spread lies between requests. `DIFFICULTY_SD` is this project's own DSpark
@@ -152,8 +152,8 @@ def fit_figure6(start: Figure6 = FIGURE6) -> Figure6:
 def figure6_residuals(guess: Figure6) -> FloatArray:
     """What `fit_figure6` squares and adds: 20 bins at 4 positions, twice.
 
-    First the histograms' cumulative differences, each bin alike; then the differences of observed acceptance, weighted by
-    the published counts. A mean square of either counts once a position.
+    First the histograms' cumulative differences, each bin alike; then the differences of observed acceptance, weighted
+    by the published counts. A mean square of either counts once a position.
     """
     figure = _figure6()
     parts = [
@@ -170,8 +170,9 @@ def figure6_misfit(guess: Figure6 = FIGURE6) -> pd.DataFrame:
     -------
     DataFrame
         A row per position: mean and standard deviation of the predicted survival, the calibration error (ECE) and the
-        AUC, each published and of the law (``_law``); ``histogram_distance``, the mean distance a prediction would have
-        to move (Wasserstein, as a probability); and ``reliability_error``, the mean distance of observed acceptances in a bin.
+        AUC, each published and of the law (``_law``); ``histogram_distance``, how far a prediction would have to move on
+        average (Wasserstein, as a probability); and ``reliability_error``, the mean distance of the observed
+        acceptances, weighted by the published counts.
         The published AUC is the printed one, its standard deviation is from bin means.
     """
     figure = _figure6()

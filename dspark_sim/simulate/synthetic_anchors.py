@@ -130,7 +130,7 @@ def synthetic_anchors(
 def _blocks(
     law: SyntheticAcceptance, effects: FloatArray, keys: IntArray, width: int, seed: int
 ) -> tuple[FloatArray, FloatArray, IntArray]:
-    """True acceptance [T, γ], confidence [T, γ] and accepted drafts [T] of outputs with given effects, T = n · width."""
+    """True acceptance [T, γ], confidence [T, γ] and accepted drafts [T] of outputs, one an effect; T = n · width."""
     gamma = law.block_size
     shape = (effects.size * width, gamma)
     accept_prob = np.empty(shape)

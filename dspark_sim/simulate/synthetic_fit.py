@@ -9,10 +9,10 @@ Every number has its own estimator:
   misjudges it. Noise and spread cannot be told apart by outcomes; a noisy drafter is fitted by one that has the same
   confidences and the same reliability. Where β is not two standard errors above 0, the confidence says nothing: scale
   0, and its spread is noise.
-* **anchor_sd, position_sd**: covariance within requests of α + β · logit c across positions, by moments: off the diagonal
-  anchor_sd², on it anchor_sd² + position_sd². Without confidences, 0: outcomes do not show them.
-* **difficulty_sd**: maximum likelihood over requests, each request's effect integrated out, on the anchors that a run of
-  whole blocks visits. Neighbouring anchors draft the same tokens; taken all as independent they would pass for a
+* **anchor_sd, position_sd**: covariance within requests of α + β · logit c across positions, by moments: off the
+  diagonal anchor_sd², on it anchor_sd² + position_sd². Without confidences, 0: outcomes do not show them.
+* **difficulty_sd**: maximum likelihood over requests, each request's effect integrated out, on the anchors that a run
+  of whole blocks visits. Neighbouring anchors draft the same tokens; taken all as independent they would pass for a
   larger spread. The standard error is from the curvature of the log likelihood.
 """
 
