@@ -170,8 +170,8 @@ def figure6_misfit(guess: Figure6 = FIGURE6) -> pd.DataFrame:
     -------
     DataFrame
         A row per position: mean and standard deviation of the predicted survival, the calibration error (ECE) and the
-        AUC, each published and of the law (``_law``); ``histogram_distance``, how far a prediction would have to move on
-        average (Wasserstein, as a probability); and ``reliability_error``, the mean distance of the observed
+        AUC, each published and of the law (``_law``); ``histogram_distance``, how far a prediction would have to move
+        on average (Wasserstein, as a probability); and ``reliability_error``, the mean distance of the observed
         acceptances, weighted by the published counts.
         The published AUC is the printed one, its standard deviation is from bin means.
     """
