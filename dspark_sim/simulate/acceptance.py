@@ -27,6 +27,9 @@ IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
 
+# Purpose of random numbers.
+_BOOTSTRAP = 4
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedPrompt:
@@ -83,6 +86,8 @@ class RecordedAnchors:
         Acceptance mode of the recording.
     accept_prob, draft_prob
         [T, γ], true conditional acceptance and the drafter's probability of its tokens; ``None`` if not recorded.
+    source
+        Where the anchors come from, for the trace of a run; ``None`` is a recording.
     """
 
     prompts: Mapping[str, RecordedPrompt]
@@ -95,6 +100,34 @@ class RecordedAnchors:
     mode: Mode = "greedy"
     accept_prob: FloatArray | None = None
     draft_prob: FloatArray | None = None
+    source: Mapping[str, Any] | None = None
+
+    @property
+    def acceptance_source(self) -> dict[str, Any]:
+        """Kind and parameters of where the anchors come from, JSON types only; the block size as it was recorded."""
+        if self.source is not None:
+            return dict(self.source)
+        return {"kind": "recorded_anchors", "num_prompts": len(self.prompts), "block_size": self.block_size}
+
+    def bootstrap(self, num_requests: int, seed: int = 0) -> RecordedAnchors:
+        """Requests drawn with replacement: outputs whole, the confidence of every row together with its outcome.
+
+        Request i draws by (seed, i), whatever `num_requests` is.
+
+        Raises
+        ------
+        UserError
+            If no request is asked for.
+        """
+        if num_requests < 1:
+            raise UserError(f"num_requests is {num_requests}; draw at least 1 request")
+        pool = self.request_prompts
+        drawn = (np.random.default_rng((seed, _BOOTSTRAP)).random(num_requests) * len(pool)).astype(np.int64)
+        return replace(
+            self,
+            request_prompts=tuple(pool[i] for i in drawn.tolist()),
+            source={**self.acceptance_source, "bootstrap": {"num_requests": num_requests, "seed": seed}},
+        )
 
     @property
     def block_size(self) -> int:

@@ -26,12 +26,14 @@ from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.executor import ReplayExecutor
 from dspark_sim.simulate.processes import Server, source, user
+from dspark_sim.simulate.synthetic import SyntheticAcceptance
+from dspark_sim.simulate.synthetic_anchors import as_anchors
 from dspark_sim.trace import Trace, TraceRecorder
 from dspark_sim.workload import ClosedLoop, Workload
 
 
 def simulate(
-    recorded: Trace | RecordedAnchors,
+    recorded: Trace | RecordedAnchors | SyntheticAcceptance,
     policy: SpeculationPolicy,
     workload: Workload,
     cost: CostModel,
@@ -48,7 +50,8 @@ def simulate(
     Parameters
     ----------
     recorded
-        A trace with anchors, or its anchors (build them once when many runs share them).
+        A trace with anchors, or its anchors (build them once when many runs share them), or a synthetic law, whose
+        requests then have 1000 prompt and 250 output tokens (`synthetic_anchors` makes others).
     policy
         Chooses how many drafted tokens are verified.
     workload
@@ -57,7 +60,7 @@ def simulate(
         Seconds of every part of an iteration.
     num_requests
         Requests to serve: the recorded ones in their order, repeated from the start when more are asked for;
-        ``None`` means every recorded one once.
+        ``None`` means every recorded one once. A law needs the number.
     block_size
         Most drafted tokens per round; ``None`` keeps the recorded size.
     scheduler
@@ -66,7 +69,8 @@ def simulate(
     allow_biased
         Run a policy that would bias the live output, as a negative control; the trace is labelled.
     seed
-        Added to the seed of a workload that draws arrivals; 0 leaves it. A closed loop has nothing random.
+        Added to the seed of a workload that draws arrivals; 0 leaves it. A closed loop has nothing random. Also the
+        seed of a law's luck.
     progress
         Show a bar of finished requests on stderr.
 
@@ -81,7 +85,7 @@ def simulate(
         If there is nothing to replay, the block size is above the recorded one, the policy needs confidences that
         were not recorded, or a request does not fit the server.
     """
-    anchors = RecordedAnchors.from_trace(recorded) if isinstance(recorded, Trace) else recorded
+    anchors = as_anchors(recorded, num_requests, seed)
     executor = ReplayExecutor(anchors, cost, block_size)
     requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests)
     limits = scheduler or _ample(requests, workload, executor.block_size)
@@ -106,11 +110,7 @@ def simulate(
         "block_size": executor.block_size,
         "has_confidence": executor.has_confidence,
         "scheduler": asdict(limits),
-        "acceptance_source": {
-            "kind": "recorded_anchors",
-            "num_prompts": len(anchors.prompts),
-            "block_size": anchors.block_size,
-        },
+        "acceptance_source": anchors.acceptance_source,
         "cost": cost.to_json(),
         "seed": seed,
     }
