@@ -248,7 +248,7 @@ class DrafterShape:
     num_layers
         Layers of the target's dense width.
     head_rank
-        Rank of a sequential head, whose two matrices over the vocabulary are read at every position; 0 without one.
+        Rank of a sequential head, whose matrix over the vocabulary is read at every position; 0 without one.
     """
 
     pattern: Literal["block", "chain"] = "block"
@@ -258,7 +258,7 @@ class DrafterShape:
     def __post_init__(self) -> None:
         if self.num_layers < 1 or self.head_rank < 0:
             raise UserError(
-                f"a drafter of {self.num_layers} layers and head rank {self.head_rank}; give at least 1 layer and rank 0"
+                f"a drafter of {self.num_layers} layers and head rank {self.head_rank}; give 1 layer or more"
             )
 
 
@@ -330,8 +330,8 @@ def roofline(
     memory = accelerator.memory_bytes * num_devices
     if shape.memory_bytes > memory:
         raise UserError(
-            f"the weights of {shape.name} take {shape.memory_bytes / 1e9:.0f} GB and {num_devices} × {accelerator.name} "
-            f"have {memory / 1e9:.0f} GB; give more devices or another model"
+            f"the weights of {shape.name} take {shape.memory_bytes / 1e9:.0f} GB and {num_devices} × "
+            f"{accelerator.name} have {memory / 1e9:.0f} GB; give more devices or another model"
         )
     reached = efficiency or Efficiency()
     rate = accelerator.flops_per_second
@@ -357,10 +357,10 @@ def roofline(
     draft = _drafter_pass(target, shape, drafter, reached) if drafter else Parametric()
     head = None
     if drafter and drafter.head_rank:
-        head_bytes = 2 * drafter.head_rank * shape.vocab_size * shape.weight_bytes
+        head_bytes = drafter.head_rank * shape.vocab_size * shape.weight_bytes
         head = Parametric(
             per_position=head_bytes / bandwidth,
-            per_token=4.0 * drafter.head_rank * shape.vocab_size / target.flops_per_second,
+            per_token=2.0 * drafter.head_rank * shape.vocab_size / target.flops_per_second,
         )
     return CostModel(
         verify=target,

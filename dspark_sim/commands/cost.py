@@ -175,11 +175,11 @@ class Roofline:
     compute_efficiency: float = Efficiency.compute
     """Share of the published rate of operations that is reached."""
     pass_seconds: float = Efficiency.pass_seconds
-    """Of every pass, whatever its size."""
+    """Seconds of every pass, whatever its size."""
     layer_seconds: float = Efficiency.layer_seconds
-    """Of every layer of a pass: launches, communication between devices."""
+    """Seconds of every layer of a pass: launches, communication between devices."""
     host_seconds: float = Efficiency.host_seconds
-    """Of a round outside the passes."""
+    """Seconds of a round outside the passes."""
     json: Path | None = None
     """Also write the printed table as JSON rows here."""
 

@@ -64,6 +64,7 @@ class Record:
             top_p=self.top_p,
             seed=self.load.seed,
             allow_biased=self.allow_biased,
+            force_cost=self.policy.force_cost,
             anchors=self.anchors,
             out=self.out,
             engine=engine,
