@@ -15,8 +15,9 @@ from dspark_sim.commands.cost import Roofline
 from dspark_sim.cost import CostModel, fit
 from dspark_sim.cost_parametric import fit_parametric
 from dspark_sim.cost_parts import Parametric
+from dspark_sim.model_shapes import SHAPES
 from dspark_sim.policy import Fixed
-from dspark_sim.roofline import ACCELERATORS, DRAFTERS, SHAPES
+from dspark_sim.roofline import ACCELERATORS, DRAFTERS
 
 KINDS = ("show", "fit", "export-sglang", "import-sglang", "roofline")
 

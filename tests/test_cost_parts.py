@@ -21,9 +21,10 @@ from dspark_sim.cost import CostModel, Curve, fit
 from dspark_sim.cost_parametric import fit_parametric
 from dspark_sim.cost_parts import Parametric, Part
 from dspark_sim.errors import UserError
+from dspark_sim.model_shapes import SHAPES
 from dspark_sim.policy import LoadView, PrefixScheduler, round_seconds
 from dspark_sim.policy_history import Goodput, goodputs
-from dspark_sim.roofline import ACCELERATORS, DRAFTERS, SHAPES, roofline
+from dspark_sim.roofline import ACCELERATORS, DRAFTERS, roofline
 
 ROOFLINES = [
     roofline(ACCELERATORS["h100"], SHAPES["qwen3-8b"], DRAFTERS["dspark"]),

@@ -12,7 +12,8 @@ from toy import toy_cost
 from dspark_sim.cost import CostModel, Curve
 from dspark_sim.cost_table import read_sglang_table, sglang_table, write_sglang_table
 from dspark_sim.errors import UserError
-from dspark_sim.roofline import ACCELERATORS, SHAPES, roofline
+from dspark_sim.model_shapes import SHAPES
+from dspark_sim.roofline import ACCELERATORS, roofline
 
 
 def table(path: Path, sizes: list[float], rates: list[float], **more: object) -> Path:

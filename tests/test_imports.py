@@ -7,7 +7,7 @@ import pytest
 CORE = (
     *("errors", "request", "provenance", "trace", "cost", "workload", "policy", "policy_history", "policy_ranked"),
     *("cost_curve", "cost_parts", "cost_model", "cost_steps", "cost_noise", "cost_parametric", "cost_table"),
-    *("roofline", "policy_zoo", "scheduler", "loop"),
+    *("model_shapes", "roofline", "policy_zoo", "scheduler", "loop"),
 )
 
 SCRIPT = f"""

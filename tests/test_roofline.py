@@ -7,14 +7,13 @@ from hypothesis import strategies as st
 
 from dspark_sim.cost_parts import Parametric, RooflinePass
 from dspark_sim.errors import UserError
+from dspark_sim.model_shapes import SHAPES, dense_shape
 from dspark_sim.roofline import (
     ACCELERATORS,
     DRAFTERS,
-    SHAPES,
     Accelerator,
     DrafterShape,
     Efficiency,
-    dense_shape,
     kv_capacity_tokens,
     roofline,
 )

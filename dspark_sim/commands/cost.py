@@ -14,7 +14,8 @@ from dspark_sim.cost import HARDWARE_KEYS, CostModel, fit
 from dspark_sim.cost_parametric import coefficient_rows, fit_parametric
 from dspark_sim.cost_table import PROBES, read_sglang_table, write_sglang_table
 from dspark_sim.errors import UserError
-from dspark_sim.roofline import ACCELERATORS, DRAFTERS, SHAPES, Efficiency, kv_capacity_tokens, roofline
+from dspark_sim.model_shapes import SHAPES
+from dspark_sim.roofline import ACCELERATORS, DRAFTERS, Efficiency, kv_capacity_tokens, roofline
 
 
 @dataclass(frozen=True)
