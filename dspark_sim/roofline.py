@@ -2,8 +2,8 @@
 
 A pass takes as long as its bytes take to read or its operations to compute, whichever is longer (`RooflinePass` has
 the formula). At batch 1 that is the weights over the bandwidth; at large batches it rises by flops over rate per token;
-speculation is cheap between the two. Real kernels reach a part of the published figures: `bandwidth_efficiency` and
-`compute_efficiency` say which, and their defaults are assumptions of usual size, not measurements. Fit a profile where
+speculation is cheap between the two. Real kernels reach a part of the published figures: `Efficiency` says which,
+and its defaults are assumptions of usual size, not measurements. Fit a profile where
 there is one.
 
 Sources of the accelerators' figures (dense, without sparsity): NVIDIA H100, H200, A100 and L40S data sheets; NVIDIA Ada
