@@ -45,6 +45,7 @@ def record(
     dtype: str = "float32",
     device: str = "auto",
     allow_biased: bool = False,
+    force_cost: bool = False,
     anchors: bool = True,
     cost: CostModel | None = None,
     out: Path | str | None = None,
@@ -63,7 +64,7 @@ def record(
         ``None`` verifies every whole block.
     concurrency
         Users of a closed loop; `workload` overrides it.
-    max_tokens, mode, temperature, top_k, top_p, seed, cost, allow_biased
+    max_tokens, mode, temperature, top_k, top_p, seed, cost, allow_biased, force_cost
         See `Engine.record`.
     anchors
         Whether to make the dense pass (with a drafter, and not after mode block or a biased run).
@@ -94,6 +95,7 @@ def record(
         seed=seed,
         cost=cost,
         allow_biased=allow_biased,
+        force_cost=force_cost,
         progress=progress,
     )
     if anchors and mode != "block" and not trace.config["biased"] and engine.drafter is not None:
@@ -132,6 +134,7 @@ def simulate(
     block_size: int | None = None,
     num_requests: int | None = None,
     allow_biased: bool = False,
+    noise_seed: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Trace:
@@ -151,6 +154,8 @@ def simulate(
         Requests to serve; the recorded ones are repeated in order. ``None`` serves each once.
     allow_biased
         Run a policy that would bias the live output, as a labelled negative control.
+    noise_seed
+        Let iterations scatter as the profiled ones did, drawn under this seed; ``None`` gives each its mean.
     seed
         Of the workload's randomness.
 
@@ -178,6 +183,7 @@ def simulate(
         num_requests=num_requests,
         block_size=block_size,
         allow_biased=allow_biased,
+        noise_seed=noise_seed,
         seed=seed,
         progress=progress,
     )

@@ -27,6 +27,7 @@ _COMMANDS = {
     "demo": ("whole", "Demo"),
     "record": ("live", "Record"),
     "profile": ("live", "Profile"),
+    "cost": ("cost", "Cost"),
     "simulate": ("replay", "Simulate"),
     "compare": ("replay", "Compare"),
     "verify": ("whole", "Verify"),
@@ -51,6 +52,7 @@ commands:
   demo             decode live, simulate the same, print both and the error between them
   record           serve prompts live and write a trace that can be replayed
   profile          measure what iterations cost on this machine
+  cost             show, fit, import, export or estimate what iterations cost
   simulate         replay a recording under another policy, block size or load
   compare          live against simulated, metric by metric
   verify           check here that speculation changes the speed and not the output

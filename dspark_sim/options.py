@@ -167,6 +167,8 @@ class PolicyOptions(PolicyChoice):
 
     cost: Path | None = None
     """Cost table made by `dspark-sim profile` on this machine."""
+    force_cost: bool = False
+    """Use the table although it is of another device, model, dtype or thread count; the trace says so."""
 
     def load(self, block_size: int) -> Policy:
         """The policy.

@@ -263,9 +263,7 @@ def round_seconds(cost: CostModel, load: LoadView, num_requests: int, draft_len:
         [R·γ + 1]; entry i is the time of drafting γ tokens for each of R requests, of a target pass over R + i
         tokens, and of the host.
     """
-    fixed = cost.draft_seconds(num_requests, draft_len, load.context_tokens) + cost.host_seconds(num_requests)
-    batch_tokens = np.arange(num_requests, num_requests * (1 + draft_len) + 1)
-    return cost.step_seconds(batch_tokens, load.context_tokens, num_requests) + fixed
+    return cost.round_table(num_requests, draft_len, load.context_tokens)
 
 
 def ranked(survival: FloatArray) -> tuple[IntArray, FloatArray]:

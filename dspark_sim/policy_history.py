@@ -250,11 +250,7 @@ def goodputs(cost: CostModel, load: LoadView, acceptance: float) -> FloatArray:
     num_requests, context_tokens = load.num_running, load.context_tokens
     seconds = cost.step_seconds(num_requests * (1 + lens), context_tokens, num_requests)
     seconds = seconds + cost.host_seconds(num_requests)
-    # The whole curve in one call; CostModel.draft_seconds prices one length.
-    draft_tokens = num_requests * lens[1:]
-    seconds[1:] += cost.draft.seconds(
-        num_requests, draft_len=lens[1:], draft_tokens=draft_tokens, context_tokens=context_tokens
-    )
+    seconds = seconds + cost.draft_seconds(num_requests, lens, context_tokens)
     return num_requests * np.cumsum(np.power(acceptance, lens)) / seconds
 
 

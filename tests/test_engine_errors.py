@@ -161,8 +161,11 @@ def test_prefix_scheduler_needs_confidences(engine):
 
 @pytest.mark.model
 def test_prefix_scheduler_needs_a_table_of_this_machine(engine):
-    strange = CostModel(verify=Curve(), provenance={**engine.hardware, "num_threads": 977})
-    _refused(_record(engine, PrefixScheduler(strange)), "977")
+    strange = CostModel(verify=Curve(levels=(1.0,)), provenance={**engine.hardware, "num_threads": 977})
+    _refused(_record(engine, PrefixScheduler(strange)), "977", "--force-cost")
+    with pytest.warns(UserWarning, match="num_threads 977"):
+        trace = _record(engine, PrefixScheduler(strange), PROMPTS[:1], max_tokens=3, force_cost=True)()
+    assert trace.config["cost_forced"] == {"num_threads": [977, engine.hardware["num_threads"]]}
 
 
 MISMATCHES = [("greedy", 0.7), ("rejection", 0.0), ("coupled", 0.0), ("target_match", 0.0), ("block", 0.0)]

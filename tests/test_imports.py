@@ -6,7 +6,8 @@ import pytest
 
 CORE = (
     *("errors", "request", "provenance", "trace", "cost", "workload", "policy", "policy_history", "policy_ranked"),
-    *("policy_zoo", "scheduler", "loop"),
+    *("cost_curve", "cost_parts", "cost_model", "cost_steps", "cost_noise", "cost_parametric", "cost_table"),
+    *("model_shapes", "roofline", "policy_zoo", "scheduler", "loop"),
 )
 
 SCRIPT = f"""

@@ -64,6 +64,7 @@ class Record:
             top_p=self.top_p,
             seed=self.load.seed,
             allow_biased=self.allow_biased,
+            force_cost=self.policy.force_cost,
             anchors=self.anchors,
             out=self.out,
             engine=engine,
@@ -98,13 +99,11 @@ class Profile:
             self.prompts.load(), concurrency=self.concurrency, max_tokens=self.max_tokens, seed=self.seed
         )
         cost.write(self.out)
-        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size <= cost.verify.knots[-1]]
+        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size <= cost.largest_batch]
         rows = [
             {
                 "batch_tokens": size,
-                "verify_seconds": float(
-                    cost.verify.seconds(size, context_tokens=100 * min(size, 16), num_requests=min(size, 16))
-                ),
+                "verify_seconds": cost.step_seconds(size, 100 * min(size, 16), min(size, 16)),
             }
             for size in sizes
         ]

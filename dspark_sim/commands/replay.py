@@ -27,6 +27,8 @@ class Simulate:
     load: tyro.conf.OmitArgPrefixes[LoadOptions] = LoadOptions()
     allow_biased: bool = False
     """Also run argmax and tetris on a recording of mode rejection, where they would change the output if run live."""
+    noise_seed: int | None = None
+    """Let iterations scatter as the profiled ones did, drawn under this seed; default: each takes its mean seconds."""
     out: Path | None = None
     """Folder to write the simulated trace to."""
     json: Path | None = None
@@ -51,6 +53,7 @@ class Simulate:
             block_size=self.block_size,
             num_requests=self.num_requests,
             allow_biased=self.allow_biased,
+            noise_seed=self.noise_seed,
             progress=True,
         )
         if self.out is not None:

@@ -189,6 +189,7 @@ class Engine:
         cost: CostModel | None = None,
         num_requests: int | None = None,
         allow_biased: bool = False,
+        force_cost: bool = False,
         recording: bool = True,
         progress: bool = True,
     ) -> Trace:
@@ -211,6 +212,8 @@ class Engine:
         allow_biased
             Run a policy that looks at sampled tokens under a mode whose output it biases, as a negative control; the
             trace is labelled.
+        force_cost
+            Run a policy whose cost table is of other hardware or another model; a warning and the trace say so.
         recording
             ``False`` keeps no step and draft rows (to measure what recording costs).
         progress
@@ -232,8 +235,9 @@ class Engine:
                 f"{self.block_size}; lower verify_len or choose another drafter"
             )
         table = getattr(policy, "cost", None)
+        forced = None
         if isinstance(table, CostModel):
-            table.require_hardware(self.hardware)
+            forced = table.require_hardware(self.hardware, force=force_cost).provenance.get("forced")
         encoded = {prompt.prompt_id: self.target.encode(prompt.turns[0]) for prompt in prompts}
         requests = [
             Request(number, prompt.prompt_id, prompt.domain, len(encoded[prompt.prompt_id]), max_tokens)
@@ -263,6 +267,7 @@ class Engine:
             "biased": loop.biased,
             "policy": policy.label(),
             "policy_parameters": parameters(policy),
+            "cost_forced": forced,
             "workload": {"kind": type(workload).__name__, **asdict(workload)},
             "scheduler": asdict(scheduler.config),
             "max_tokens": max_tokens,

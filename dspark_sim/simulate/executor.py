@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_sim.cost import CostModel
+from dspark_sim.cost import IterationSeconds
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DraftBatch, IntArray, Mode, Prefilled, Verification
 from dspark_sim.request import Request
@@ -48,7 +48,7 @@ class ReplayExecutor:
         If `block_size` is above the recorded one.
     """
 
-    def __init__(self, anchors: RecordedAnchors, cost: CostModel, block_size: int | None = None) -> None:
+    def __init__(self, anchors: RecordedAnchors, cost: IterationSeconds, block_size: int | None = None) -> None:
         self.anchors = anchors if block_size is None else anchors.restricted(block_size)
         self.cost = cost
         self._facts: dict[int, tuple[int, int, int, int, int]] = {}

@@ -16,6 +16,7 @@ import simpy
 from tqdm import tqdm
 
 from dspark_sim.cost import CostModel
+from dspark_sim.cost_noise import Noisy
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
 from dspark_sim.policy import SpeculationPolicy, parameters
@@ -42,6 +43,7 @@ def simulate(
     block_size: int | None = None,
     scheduler: SchedulerConfig | None = None,
     allow_biased: bool = False,
+    noise_seed: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Trace:
@@ -68,9 +70,12 @@ def simulate(
         default of `SchedulerConfig`), and the KV cache holds all of them.
     allow_biased
         Run a policy that would bias the live output, as a negative control; the trace is labelled.
+    noise_seed
+        Let iterations scatter as the profiled ones did, by residuals drawn under this seed; ``None`` gives each its
+        mean seconds.
     seed
-        Added to the seed of a workload that draws arrivals; 0 leaves it. A closed loop has nothing random. Also the
-        seed of a law's luck.
+        Added to the seed of a workload that draws arrivals; 0 leaves it. A closed loop has nothing random of its own.
+        Also the seed of a law's luck.
     progress
         Show a bar of finished requests on stderr.
 
@@ -86,7 +91,7 @@ def simulate(
         were not recorded, or a request does not fit the server.
     """
     anchors = as_anchors(recorded, num_requests, seed)
-    executor = ReplayExecutor(anchors, cost, block_size)
+    executor = ReplayExecutor(anchors, cost if noise_seed is None else Noisy(cost, noise_seed), block_size)
     requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests)
     limits = scheduler or _ample(requests, workload, executor.block_size)
     recorder = TraceRecorder("virtual")
@@ -112,6 +117,7 @@ def simulate(
         "scheduler": asdict(limits),
         "acceptance_source": anchors.acceptance_source,
         "cost": cost.to_json(),
+        "noise_seed": noise_seed,
         "seed": seed,
     }
     # As it will be read back: lists, not tuples.
