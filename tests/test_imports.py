@@ -6,7 +6,7 @@ import pytest
 
 CORE = (
     *("errors", "request", "provenance", "trace", "cost", "workload", "policy", "policy_history", "policy_ranked"),
-    *("policy_zoo", "scheduler", "loop"),
+    *("policy_zoo", "scheduler", "loop", "gaps", "arrivals", "request_traces", "lengths", "mixes"),
 )
 
 SCRIPT = f"""

@@ -263,7 +263,7 @@ class Engine:
             "biased": loop.biased,
             "policy": policy.label(),
             "policy_parameters": parameters(policy),
-            "workload": {"kind": type(workload).__name__, **asdict(workload)},
+            "workload": workload.describe(),
             "scheduler": asdict(scheduler.config),
             "max_tokens": max_tokens,
             "prompts": {request.prompt_id: encoded[request.prompt_id] for request in requests},
