@@ -54,7 +54,7 @@ class GammaGaps:
         _check_cv(self.cv)
 
     def draw(self, rng: np.random.Generator, num: int) -> FloatArray:
-        """Gaps [num] of mean 1; above cv 10 many are too short for a float and are 0."""
+        """Gaps [num] of mean 1; from cv 4 on many are so short that two arrivals get the same time."""
         return rng.standard_gamma(self.cv**-2, num) * self.cv**2
 
 

@@ -20,11 +20,12 @@ import pandas as pd
 from dspark_sim.errors import UserError
 from dspark_sim.request_traces.formats import CSV_COLUMNS, Chunks, Notes, read_header
 
+CsvFormat = Literal["azure", "burstgpt"]
 _CHUNK = 200_000
-_EXAMPLES = {"azure": "2023-11-16 18:15:46.6805900", "burstgpt": "118.0"}
+_EXAMPLES: dict[CsvFormat, str] = {"azure": "2023-11-16 18:15:46.6805900", "burstgpt": "118.0"}
 
 
-def read_csv(path: Path, format: Literal["azure", "burstgpt"], notes: Notes) -> Chunks:
+def read_csv(path: Path, format: CsvFormat, notes: Notes) -> Chunks:
     """Chunks of rows; a note names columns that the format does not have.
 
     Raises
@@ -76,7 +77,7 @@ def read_csv(path: Path, format: Literal["azure", "burstgpt"], notes: Notes) -> 
         raise UserError(f"{path} cannot be read as CSV ({error}); fetch it again") from error
 
 
-def _times(texts: pd.Series[str], format: str, origin: int | None) -> tuple[npt.NDArray[np.float64], int | None]:
+def _times(texts: pd.Series[str], format: CsvFormat, origin: int | None) -> tuple[npt.NDArray[np.float64], int | None]:
     """Seconds [n] (nan: none) from the first row of the file, whose nanoseconds are `origin`."""
     if format == "burstgpt":
         times = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=np.float64)
@@ -97,7 +98,7 @@ def _counts(texts: pd.Series[str]) -> npt.NDArray[np.float64]:
     return np.where((values >= 0) & (values < 2**53) & (values == np.floor(values)), values, np.nan)
 
 
-def _refuse_row(path: Path, format: str, header: list[str], number: int) -> NoReturn:
+def _refuse_row(path: Path, format: CsvFormat, header: list[str], number: int) -> NoReturn:
     """Raise for the data row of this number, counted from 0."""
     line, row = _rows_until(path, lambda index, row: index == number)
     if len(row) != len(header):

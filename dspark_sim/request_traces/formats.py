@@ -23,7 +23,7 @@ Chunks = Generator[Chunk, None, None]
 Notes = list[str]
 
 # Columns of time, prompt and output tokens; then those that are known and not used.
-CSV_COLUMNS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
+CSV_COLUMNS: dict[TraceFormat, tuple[tuple[str, str, str], tuple[str, ...]]] = {
     "azure": (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ()),
     "burstgpt": (
         ("Timestamp", "Request tokens", "Response tokens"),
@@ -99,10 +99,7 @@ def seconds(value: Any) -> float | None:
 
 
 def _from_header(header: list[str]) -> TraceFormat | None:
-    for name in ("azure", "burstgpt"):
-        if set(CSV_COLUMNS[name][0]) <= set(header):
-            return name  # type: ignore[return-value]
-    return None
+    return next((name for name, (columns, _) in CSV_COLUMNS.items() if set(columns) <= set(header)), None)
 
 
 def _from_json(beginning: str) -> TraceFormat | None:

@@ -60,11 +60,9 @@ def _mooncake_row(path: Path, number: int, record: dict[str, Any]) -> tuple[floa
     time, prompt_len, output_len = (record[key] for key in MOONCAKE_KEYS)
     row = (seconds(time), count(prompt_len), count(output_len))
     if None in row:
-        place = row.index(None)
-        meaning = "a whole number, 0 or more" if place else "a number of milliseconds"
-        raise UserError(
-            f"{path} line {number}: {MOONCAKE_KEYS[place]} is {record[MOONCAKE_KEYS[place]]!r}; give {meaning}"
-        )
+        key = MOONCAKE_KEYS[row.index(None)]
+        meaning = "a number of milliseconds" if key == "timestamp" else "a whole number, 0 or more"
+        raise UserError(f"{path} line {number}: {key} is {record[key]!r}; give {meaning}")
     return row  # type: ignore[return-value]
 
 
