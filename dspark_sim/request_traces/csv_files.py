@@ -2,7 +2,7 @@
 
 Azure: ``TIMESTAMP`` is a date and time with up to nine digits of a second, with or without an offset. BurstGPT:
 ``Timestamp`` is in seconds, and a failed request has 0 ``Response tokens``. Files have up to tens of millions of
-rows: pandas reads them in chunks; only when a row cannot be used is the file read again, for the number of its line.
+rows and are read in blocks; only when a row cannot be used is the file read again, for the number of its line.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
 
 from dspark_sim.errors import UserError
 from dspark_sim.request_traces.formats import CSV_COLUMNS, Chunks, Notes, read_header
 
 CsvFormat = Literal["azure", "burstgpt"]
-_CHUNK = 200_000
+_BLOCK_BYTES = 8 << 20
 _EXAMPLES: dict[CsvFormat, str] = {"azure": "2023-11-16 18:15:46.6805900", "burstgpt": "118.0"}
 
 
@@ -44,37 +46,37 @@ def read_csv(path: Path, format: CsvFormat, notes: Notes) -> Chunks:
     unknown = [name for name in header if name not in (time, prompt, output, *others)]
     if unknown:
         notes.append(f"columns not used: {', '.join(unknown)}")
-    # The last column is read too: a line cut short lacks it.
-    used = {header.index(name): name for name in (time, prompt, output)}
-    places = sorted({*used, len(header) - 1})
-    frames = pd.read_csv(
-        path,
-        encoding="utf-8-sig",
-        header=0,
-        names=[str(place) for place in range(len(header))],
-        usecols=[str(place) for place in places],
-        index_col=False,
-        dtype=str,
-        na_filter=True,
-        keep_default_na=False,
-        na_values=[],
-        chunksize=_CHUNK,
-    )
     num_rows, origin = 0, None
     try:
-        for frame in frames:
-            columns = {name: frame[str(place)] for place, name in used.items()}
-            times, origin = _times(columns[time], format, origin)
-            prompt_len, output_len = _counts(columns[prompt]), _counts(columns[output])
-            bad = np.isnan(times) | np.isnan(prompt_len) | np.isnan(output_len)
-            bad |= frame[str(places[-1])].isna().to_numpy()
-            if bad.any():
-                _refuse_row(path, format, header, num_rows + int(np.argmax(bad)))
-            yield times, prompt_len.astype(np.int64), output_len.astype(np.int64)
-            num_rows += len(frame)
-    except pd.errors.ParserError as error:
+        with (
+            path.open("rb") as file,
+            _open(file, len(header), [header.index(n) for n in (time, prompt, output)]) as rows,
+        ):
+            for batch in rows:
+                texts, prompts, outputs = (column.to_pandas() for column in batch.columns)
+                times, origin = _times(texts, format, origin)
+                prompt_len, output_len = _counts(prompts), _counts(outputs)
+                bad = np.isnan(times) | np.isnan(prompt_len) | np.isnan(output_len)
+                if bad.any():
+                    _refuse_row(path, format, header, num_rows + int(np.argmax(bad)))
+                yield times, prompt_len.astype(np.int64), output_len.astype(np.int64)
+                num_rows += batch.num_rows
+    except pa.ArrowInvalid as error:
         _refuse_ragged(path, header)
         raise UserError(f"{path} cannot be read as CSV ({error}); fetch it again") from error
+
+
+def _open(file: Any, num_columns: int, places: list[int]) -> Any:
+    """Record batches of the columns at `places`, as texts. A row of another width is an `ArrowInvalid`."""
+    names = [str(place) for place in range(num_columns)]
+    wanted = [str(place) for place in places]
+    return pyarrow.csv.open_csv(
+        file,
+        pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=names, skip_rows_after_names=1),
+        convert_options=pyarrow.csv.ConvertOptions(
+            include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
+        ),
+    )
 
 
 def _times(texts: pd.Series[str], format: CsvFormat, origin: int | None) -> tuple[npt.NDArray[np.float64], int | None]:

@@ -108,7 +108,7 @@ def read_request_trace(
     format
         ``None`` tells it from the content; another one than the content shows is refused.
     limit
-        Take the first so many usable rows of the file, and read no further.
+        Take the first so many usable rows of the file, and stop reading soon after.
     speedup
         Divide all times by this: 2 doubles the rate.
     max_prompt_len, max_output_len
