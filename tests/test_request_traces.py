@@ -342,5 +342,5 @@ def test_bad_paths_and_options(tmp_path: Path, write: Write) -> None:
     with pytest.raises(UserError, match="not UTF-8"):
         read_request_trace(path)
     path.write_bytes(b"\x1f\x8b\x08\x00\xff")
-    with pytest.raises(UserError, match="not UTF-8 text .* decompress it"):
+    with pytest.raises(UserError, match=r"not UTF-8 text .* decompress it"):
         read_request_trace(path)
