@@ -13,10 +13,15 @@ from scipy import optimize, stats
 from toy import toy_cost, toy_trace
 
 from dspark_sim.arrivals import Deterministic, Gamma, ImportedArrivals, OpenLoop, Poisson, Spike, Stepped, Weibull
+from dspark_sim.engine.live import serve
 from dspark_sim.errors import UserError
 from dspark_sim.gaps import ConstantGaps, ExponentialGaps, GammaGaps, WeibullGaps
+from dspark_sim.loop import DecodeLoop
 from dspark_sim.policy import Fixed
+from dspark_sim.request import Request
 from dspark_sim.request_traces import RequestTrace, read_request_trace
+from dspark_sim.scheduler import Scheduler, SchedulerConfig
+from dspark_sim.simulate import RecordedAnchors, ReplayExecutor
 from dspark_sim.simulate.run import simulate
 from dspark_sim.workload import ClosedLoop, Workload
 
@@ -314,6 +319,29 @@ def test_think_times_follow_their_law() -> None:
     assert times[:9].tolist() == ClosedLoop(8, 2.5, ExponentialGaps(), seed=4).think_times(9).tolist()
     # Not the numbers that arrivals of the same seed are made of.
     assert abs(stats.spearmanr(times, gaps_of(Poisson(1.0, 4))).statistic) < 4 / math.sqrt(NUM)
+
+
+def toy_loop() -> DecodeLoop:
+    executor = ReplayExecutor(RecordedAnchors.from_trace(toy_trace(1, seed=2)), toy_cost())
+    return DecodeLoop(executor, Scheduler(SchedulerConfig(), executor.block_size), Fixed(0), None, toy_cost())
+
+
+def toy_requests(num: int) -> list[Request]:
+    prompt = next(iter(RecordedAnchors.from_trace(toy_trace(1, seed=2)).prompts.values()))
+    return [Request(number, prompt.prompt_id, prompt.domain, prompt.prompt_len, 2) for number in range(num)]
+
+
+def test_the_live_driver_waits_the_think_times() -> None:
+    requests, workload = toy_requests(4), ClosedLoop(1, 0.01, ExponentialGaps(), seed=1)
+    serve(toy_loop(), requests, workload)
+    answered = np.array([request.finish for request in requests[:-1]])
+    assert [request.arrival for request in requests[1:]] == (answered + workload.think_times(4)[:-1]).tolist()
+
+
+@pytest.mark.parametrize("workload", [ClosedLoop(1, timeout_seconds=2.0), Poisson(3.0, timeout_seconds=2.0)])
+def test_the_live_driver_refuses_timeouts(workload: Workload) -> None:
+    with pytest.raises(UserError, match=r"timeout_seconds is 2\.0 and a live run answers every request"):
+        serve(toy_loop(), toy_requests(2), workload)
 
 
 WORKLOADS: list[Workload] = [

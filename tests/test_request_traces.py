@@ -162,6 +162,9 @@ def test_unknown_columns_are_named(write: Write) -> None:
 def test_marks_spaces_and_blank_lines_do_no_harm(write: Write) -> None:
     path = write("\ufeff" + BURST.replace("\n", "\r\n").replace("118", "\r\n118") + "\r\n")
     assert rows(read_request_trace(path)) == rows(read_request_trace(write(BURST)))
+    assert rows(read_request_trace(write("\n\n" + AZURE))) == rows(read_request_trace(write(AZURE)))
+    quoted = AZURE.replace("2023-11-16 18:15:46.6805900", '"2023-11-16 18:15:46.6805900"')
+    assert rows(read_request_trace(write(quoted))) == rows(read_request_trace(write(AZURE)))
     assert rows(read_request_trace(write("\n" + MOONCAKE.replace("\n", "\n\n")))) == rows(
         read_request_trace(write(MOONCAKE))
     )
@@ -262,6 +265,10 @@ def changed(text: str, old: str, new: str) -> str:
         ("[1, 2]", "has the keys of no object"),
         (changed(MOONCAKE, "27482", '"x"'), "trace.txt line 2: timestamp is 'x'; give a number of milliseconds"),
         (changed(MOONCAKE, "27482", "NaN"), "trace.txt line 2: timestamp is nan"),
+        (changed(MOONCAKE, "27482", "9" * 400), "trace.txt line 2: timestamp is 999"),
+        (changed(MOONCAKE, "6472", "9" * 400), "trace.txt line 2: input_length is 999"),
+        (changed(MOONCAKE, "6472", "1e400"), "trace.txt line 2: input_length is inf"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": ' + "[" * 99_999, "nested too deep"),
         (changed(MOONCAKE, "6472", "-4"), "trace.txt line 2: input_length is -4; give a whole number"),
         (changed(MOONCAKE, "6472", "true"), "trace.txt line 2: input_length is True"),
         (changed(MOONCAKE, '"output_length": 26, ', ""), "trace.txt line 2 has no output_length"),

@@ -36,7 +36,7 @@ def read_csv(path: Path, format: CsvFormat, notes: Notes) -> Chunks:
         If columns are missing, or a row has too few or too many fields or a value that is no time or count.
     """
     (time, prompt, output), others = CSV_COLUMNS[format]
-    header = read_header(path)
+    header, header_line = read_header(path)
     missing = [name for name in (time, prompt, output) if name not in header]
     if missing:
         raise UserError(
@@ -50,7 +50,7 @@ def read_csv(path: Path, format: CsvFormat, notes: Notes) -> Chunks:
     try:
         with (
             path.open("rb") as file,
-            _open(file, len(header), [header.index(n) for n in (time, prompt, output)]) as rows,
+            _open(file, header_line, len(header), [header.index(n) for n in (time, prompt, output)]) as rows,
         ):
             for batch in rows:
                 texts, prompts, outputs = (column.to_pandas() for column in batch.columns)
@@ -66,13 +66,13 @@ def read_csv(path: Path, format: CsvFormat, notes: Notes) -> Chunks:
         raise UserError(f"{path} cannot be read as CSV ({error}); fetch it again") from error
 
 
-def _open(file: Any, num_columns: int, places: list[int]) -> Any:
+def _open(file: Any, skip_rows: int, num_columns: int, places: list[int]) -> Any:
     """Record batches of the columns at `places`, as texts. A row of another width is an `ArrowInvalid`."""
     names = [str(place) for place in range(num_columns)]
     wanted = [str(place) for place in places]
     return pyarrow.csv.open_csv(
         file,
-        pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=names, skip_rows_after_names=1),
+        pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=names, skip_rows=skip_rows),
         convert_options=pyarrow.csv.ConvertOptions(
             include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Generator
 from pathlib import Path
@@ -58,7 +57,7 @@ def detect_format(path: Path, asked: TraceFormat | None) -> TraceFormat:
         beginning = file.read(_PEEK).lstrip()
     if not beginning:
         raise UserError(f"{path} is empty; give a trace of requests")
-    found = _from_json(beginning) if beginning[0] in "{[" else _from_header(read_header(path))
+    found = _from_json(beginning) if beginning[0] in "{[" else _from_header(read_header(path)[0])
     if asked is not None and found not in (asked, None):
         raise UserError(f"{path} is in format {found} and format {asked} was asked for; leave the format out")
     decided = found or asked
@@ -67,7 +66,7 @@ def detect_format(path: Path, asked: TraceFormat | None) -> TraceFormat:
     if beginning[0] in "{[":
         names = list(dict.fromkeys(_keys(beginning)))[:8]
         raise UserError(f"{path} has the keys {', '.join(names) or 'of no object'}; known formats are {_KNOWN}")
-    header = read_header(path)
+    header, _ = read_header(path)
     for name, (columns, _) in CSV_COLUMNS.items():
         if set(columns) & set(header):
             missing = [column for column in columns if column not in header]
@@ -78,22 +77,23 @@ def detect_format(path: Path, asked: TraceFormat | None) -> TraceFormat:
     raise UserError(f"{path} has the unknown columns {', '.join(header)[:200]!r}; known formats are {_KNOWN}")
 
 
-def read_header(path: Path) -> list[str]:
-    """Column names of a CSV file, without the spaces around them."""
+def read_header(path: Path) -> tuple[list[str], int]:
+    """Column names of a CSV file, without the spaces around them, and the number of the line they end on."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return [name.strip() for name in next((row for row in csv.reader(file) if row), [])]
+        lines = csv.reader(file)
+        return [name.strip() for name in next((row for row in lines if row), [])], lines.line_num
 
 
 def count(value: Any) -> int | None:
     """A number of tokens as an integer; ``None`` if the value is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
         return None
-    return int(value) if 0 <= value < 2**53 and value == int(value) else None
+    return int(value) if value == int(value) else None
 
 
 def seconds(value: Any) -> float | None:
     """A time as a float; ``None`` if the value is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -(2**53) < value < 2**53:
         return None
     return float(value)
 

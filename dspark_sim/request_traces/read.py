@@ -145,6 +145,8 @@ def read_request_trace(
                 arrival, prompt_len, output_len, num_dropped = _take(chunks, limit)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error.reason}); decompress it or save it as UTF-8") from error
+        except RecursionError:
+            raise UserError(f"{path} is JSON nested too deep for a trace of requests; give another file") from None
     if not prompt_len.size:
         raise UserError(f"{path} has no usable request ({num_dropped} rows without prompt or output tokens)")
     if arrival is not None:
