@@ -269,6 +269,9 @@ def changed(text: str, old: str, new: str) -> str:
         (changed(MOONCAKE, "6472", "9" * 400), "trace.txt line 2: input_length is 999"),
         (changed(MOONCAKE, "6472", "1e400"), "trace.txt line 2: input_length is inf"),
         ('{"timestamp": 1, "input_length": 1, "output_length": ' + "[" * 99_999, "nested too deep"),
+        (json.dumps(VLLM).replace("300", "9" * 5000), "cannot be read as JSON"),
+        (json.dumps(SHAREGPT, indent=0).replace('"c"', "9" * 5000), "is not JSON (Exceeds the limit"),
+        (changed(AZURE, ",396", "," + "x" * 9999), "trace.txt line 3: ContextTokens is 'xxx"),
         (changed(MOONCAKE, "6472", "-4"), "trace.txt line 2: input_length is -4; give a whole number"),
         (changed(MOONCAKE, "6472", "true"), "trace.txt line 2: input_length is True"),
         (changed(MOONCAKE, '"output_length": 26, ', ""), "trace.txt line 2 has no output_length"),
@@ -290,7 +293,7 @@ def changed(text: str, old: str, new: str) -> str:
 def test_a_malformed_file_is_one_sentence(write: Write, text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         read_request_trace(write(text))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_a_line_far_down_is_named(write: Write) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -109,9 +110,9 @@ def _refuse_row(path: Path, format: CsvFormat, header: list[str], number: int) -
     for name in (prompt, output):
         value = row[header.index(name)]
         if math.isnan(_counts(pd.Series([value]))[0]):
-            raise UserError(f"{path} line {line}: {name} is {value!r}; give a whole number, 0 or more")
+            raise UserError(f"{path} line {line}: {name} is {reprlib.repr(value)}; give a whole number, 0 or more")
     value = row[header.index(time)]
-    raise UserError(f"{path} line {line}: {time} is {value!r}; give a time such as {_EXAMPLES[format]}")
+    raise UserError(f"{path} line {line}: {time} is {reprlib.repr(value)}; give a time such as {_EXAMPLES[format]}")
 
 
 def _rows_until(path: Path, wanted: Callable[[int, list[str]], bool]) -> tuple[int, list[str]]:

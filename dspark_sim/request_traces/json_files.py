@@ -9,6 +9,7 @@ first turn of a user and the answer to it. vLLM: one object with a list for each
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import ceil
@@ -62,7 +63,7 @@ def _mooncake_row(path: Path, number: int, record: dict[str, Any]) -> tuple[floa
     if None in row:
         key = MOONCAKE_KEYS[row.index(None)]
         meaning = "a number of milliseconds" if key == "timestamp" else "a whole number, 0 or more"
-        raise UserError(f"{path} line {number}: {key} is {record[key]!r}; give {meaning}")
+        raise UserError(f"{path} line {number}: {key} is {reprlib.repr(record[key])}; give {meaning}")
     return row  # type: ignore[return-value]
 
 
@@ -141,10 +142,10 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
         line, counted = line + text.count("\n", counted, place), place
         try:
             entry, end = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
+            number, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (line, error)
             raise UserError(
-                f"{path} line {error.lineno} is not JSON ({error.msg}); mend it, or fetch the file again if it is cut "
-                "off"
+                f"{path} line {number} is not JSON ({what}); mend it, or fetch the file again if it is cut off"
             ) from error
         yield line, entry
         place = _skip(text, end, "," if in_list else "")
@@ -175,6 +176,8 @@ def read_vllm(path: Path, notes: Notes) -> Chunks:
     except json.JSONDecodeError as error:
         remedy = "keep one result a file" if error.msg == "Extra data" else "mend it, or fetch the file again"
         raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}); {remedy}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path} cannot be read as JSON ({error}); mend it, or fetch the file again") from error
     if not isinstance(result, dict):
         raise UserError(f"{path} is no result of vLLM bench serve: it is not an object; leave format vllm out")
     missing = [key for key in ("input_lens", "output_lens") if not isinstance(result.get(key), list)]
@@ -204,7 +207,7 @@ def _numbers(path: Path, key: str, values: list[Any], read: Callable[[Any], Any]
     if None in numbers:
         place = numbers.index(None)
         meaning = "a number of seconds" if read is seconds else "a whole number, 0 or more"
-        raise UserError(f"{path}: {key}[{place}] is {values[place]!r}; give {meaning}")
+        raise UserError(f"{path}: {key}[{place}] is {reprlib.repr(values[place])}; give {meaning}")
     return numbers
 
 
