@@ -8,8 +8,22 @@ from typing import TYPE_CHECKING, Literal
 
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
+from dspark_sim.gaps import ConstantGaps, ExponentialGaps, GammaGaps, Gaps, WeibullGaps
 from dspark_sim.policy_zoo import DEFAULT_TABLE, Policy, PolicyName, make_policy
-from dspark_sim.workload import ClosedLoop, Poisson, Prompt, Workload, bundled_prompts, read_prompts
+from dspark_sim.request_traces import read_request_trace
+from dspark_sim.workload import (
+    ClosedLoop,
+    Deterministic,
+    Gamma,
+    ImportedArrivals,
+    Poisson,
+    Prompt,
+    Stepped,
+    Weibull,
+    Workload,
+    bundled_prompts,
+    read_prompts,
+)
 
 if TYPE_CHECKING:
     from dspark_sim.engine.drafters.choose import Confidence
@@ -206,15 +220,97 @@ def parse_table(text: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How many users, or how many requests per second."""
+    """How many users, or when requests come."""
 
     concurrency: int = 4
     """Users of a closed loop: each asks again when answered."""
+    think_seconds: float = 0.0
+    """Mean pause of a user between an answer and the next request."""
+    think: Literal["constant", "exponential"] = "constant"
+    """Law of that pause."""
     rate: float | None = None
-    """Open loop instead: Poisson arrivals, requests per second."""
+    """Open loop instead: requests per second."""
+    arrivals: Literal["poisson", "gamma", "weibull", "deterministic"] = "poisson"
+    """Law of the gaps of the open loop; gamma and weibull need --cv."""
+    cv: float | None = None
+    """Standard deviation over mean of a gap: above 1 bursty, below 1 more even than poisson."""
+    steps: str | None = None
+    """Later rates of the open loop, pairs SECONDS:RATE; --rate 2 --steps 60:20,90:2 is a spike of half a minute."""
+    request_trace: Path | None = None
+    """Open loop at the times of a recorded trace: Azure, BurstGPT, Mooncake, or a result of vLLM's bench serve."""
+    speedup: float = 1.0
+    """For --request-trace: its times are divided by this."""
+    timeout_seconds: float | None = None
+    """Users abandon a request that is not answered in so many seconds; for simulate only."""
     seed: int = 0
-    """Of arrivals and sampling."""
+    """Of arrivals, think times and sampling."""
 
     def load(self) -> Workload:
-        """The workload."""
-        return ClosedLoop(self.concurrency) if self.rate is None else Poisson(self.rate, self.seed)
+        """The workload; a line about the trace of requests is printed, if there is one.
+
+        Raises
+        ------
+        UserError
+            If flags do not go together, a value is out of range or the trace of requests cannot be read.
+        """
+        is_open = self.rate is not None or self.request_trace is not None
+        if self.rate is not None and self.request_trace is not None:
+            raise UserError(f"--rate {self.rate} and --request-trace both say when requests come; give one of them")
+        if is_open and (self.think_seconds, self.think) != (0.0, "constant"):
+            raise UserError("--think-seconds and --think go with users of a closed loop; leave --rate or them out")
+        if self.rate is None and (self.arrivals, self.cv, self.steps) != ("poisson", None, None):
+            raise UserError("--arrivals, --cv and --steps go with an open loop; give --rate")
+        if self.request_trace is None and self.speedup != 1.0:
+            raise UserError(f"speedup is {self.speedup} and there is no trace to hasten; give --request-trace")
+        if self.request_trace is not None:
+            trace = read_request_trace(self.request_trace, speedup=self.speedup)
+            print(trace.summary())
+            return ImportedArrivals(trace, timeout_seconds=self.timeout_seconds)
+        if self.rate is None:
+            law = ExponentialGaps() if self.think == "exponential" else ConstantGaps()
+            return ClosedLoop(
+                self.concurrency, self.think_seconds, law, self.seed, timeout_seconds=self.timeout_seconds
+            )
+        return self._open(self.rate)
+
+    def _open(self, rate: float) -> Workload:
+        spread = {} if self.cv is None else {"cv": self.cv}
+        if (self.arrivals in ("gamma", "weibull")) != bool(spread):
+            raise UserError(f"cv is {self.cv} and arrivals are {self.arrivals}; --cv goes with gamma and weibull only")
+        if self.steps is not None:
+            laws = {"poisson": ExponentialGaps, "gamma": GammaGaps, "weibull": WeibullGaps}
+            gaps: Gaps = laws.get(self.arrivals, ConstantGaps)(**spread)
+            steps = [(0.0, rate), *parse_steps(self.steps)]
+            return Stepped(steps, gaps, self.seed, timeout_seconds=self.timeout_seconds)
+        match self.arrivals:
+            case "poisson":
+                return Poisson(rate, self.seed, timeout_seconds=self.timeout_seconds)
+            case "gamma":
+                return Gamma(rate, **spread, seed=self.seed, timeout_seconds=self.timeout_seconds)
+            case "weibull":
+                return Weibull(rate, **spread, seed=self.seed, timeout_seconds=self.timeout_seconds)
+            case _:
+                return Deterministic(rate, timeout_seconds=self.timeout_seconds)
+
+
+def parse_steps(text: str) -> list[tuple[float, float]]:
+    """Pairs (start_seconds, rate) from a text such as ``60:20,90:2``.
+
+    Raises
+    ------
+    UserError
+        If a part of the text is not two numbers with a colon between.
+    """
+    pairs = []
+    for part in text.split(","):
+        start, colon, rate = part.partition(":")
+        try:
+            if not colon:
+                raise ValueError
+            pairs.append((float(start), float(rate)))
+        except ValueError:
+            raise UserError(
+                f"steps {text!r} have the part {part.strip()!r}; give pairs SECONDS:RATE with commas between, such as "
+                "60:20,90:2"
+            ) from None
+    return pairs

@@ -1,24 +1,56 @@
 """Workloads: which prompts, and when they arrive.
 
 A closed loop has N users; each sends its next request when its last one is answered (after a think time). An open
-loop sends requests at times that do not depend on the server. Both take the same list of requests, in order, so
-that runs of different policies meet the same prompts.
+loop sends requests at times that do not depend on the server; its laws are in `arrivals`. Both take the same list of
+requests, in order, so that runs of different policies meet the same prompts.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from dspark_sim.arrivals import (
+    Demand,
+    Deterministic,
+    Gamma,
+    ImportedArrivals,
+    OpenLoop,
+    Poisson,
+    Spike,
+    Stepped,
+    Weibull,
+)
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.gaps import ConstantGaps, Gaps
+
+__all__ = [
+    "DOMAINS",
+    "ClosedLoop",
+    "Deterministic",
+    "Gamma",
+    "ImportedArrivals",
+    "OpenLoop",
+    "Poisson",
+    "Prompt",
+    "Spike",
+    "Stepped",
+    "Weibull",
+    "Workload",
+    "bundled_prompts",
+    "read_prompts",
+    "repeat",
+]
 
 DOMAINS = ("math", "code", "chat")
+_THINK = 0x7141
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +63,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class ClosedLoop:
+class ClosedLoop(Demand):
     """N users who each wait for their answer before they ask again.
 
     Parameters
@@ -39,47 +71,37 @@ class ClosedLoop:
     num_users
         Concurrency.
     think_seconds
-        Pause between an answer and the same user's next request.
+        Mean pause between an answer and the same user's next request.
+    think_law
+        Law of that pause: constant by default, or any other of the gap laws, such as ``ExponentialGaps()``.
+    seed
+        Keys the pauses.
+    timeout_seconds
+        See `Demand`. A user who gave up thinks and then sends the next request, as after an answer.
     """
 
     num_users: int
     think_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.num_users < 1:
-            raise UserError(f"num_users is {self.num_users}; a closed loop needs at least 1 user")
-        if not self.think_seconds >= 0:
-            raise UserError(f"think_seconds is {self.think_seconds}; give 0 or more")
-
-
-@dataclass(frozen=True)
-class Poisson:
-    """Open loop with exponential gaps.
-
-    Parameters
-    ----------
-    rate
-        Requests per second.
-    seed
-        Keys the gaps.
-    """
-
-    rate: float
+    think_law: Gaps = field(default_factory=ConstantGaps)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < float("inf"):
-            raise UserError(f"rate is {self.rate} requests per second; give a positive number")
+        super().__post_init__()
+        if self.num_users < 1:
+            raise UserError(f"num_users is {self.num_users}; a closed loop needs at least 1 user")
+        if not 0 <= self.think_seconds < math.inf:
+            raise UserError(f"think_seconds is {self.think_seconds}; give 0 or more")
 
-    def arrivals(self, num_requests: int) -> npt.NDArray[np.float64]:
-        """Arrival times [num_requests] in seconds; the first gap starts at 0."""
-        gaps = np.random.default_rng(np.random.SeedSequence([self.seed, 0xA221])).exponential(
-            1.0 / self.rate, num_requests
-        )
-        return np.cumsum(gaps)
+    def think_times(self, num_requests: int) -> npt.NDArray[np.float64]:
+        """Pause [num_requests] in seconds after each request of the list, whoever sent it.
+
+        Keyed by the request, so that policies which answer in another order meet the same pauses.
+        """
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, _THINK]))
+        return self.think_law.draw(rng, num_requests) * self.think_seconds
 
 
-Workload = ClosedLoop | Poisson
+Workload = ClosedLoop | OpenLoop
 
 
 def bundled_prompts(domains: Sequence[str] = DOMAINS, per_domain: int | None = None) -> list[Prompt]:

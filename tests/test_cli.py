@@ -149,6 +149,37 @@ def test_a_seed_means_the_same_arrivals_as_in_a_live_run(inputs: tuple[str, str]
     assert arrivals == pytest.approx(Poisson(30, seed=3).arrivals(6))
 
 
+def test_every_law_of_load_can_be_asked_for(
+    inputs: tuple[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from dspark_sim.gaps import ExponentialGaps, GammaGaps
+    from dspark_sim.request_traces import read_request_trace
+    from dspark_sim.workload import ClosedLoop, Deterministic, Gamma, ImportedArrivals, Stepped, Weibull, Workload
+
+    recording, cost = inputs
+    requests = tmp_path / "burst.csv"
+    rows = "".join(f"{2 * i},GPT-4,{i + 5},{i + 3},{2 * i + 8},API log\n" for i in range(9))
+    requests.write_text("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n" + rows)
+    trace = read_request_trace(requests, speedup=4)
+    asked: list[tuple[str, Workload]] = [
+        ("--think-seconds 2 --think exponential --seed 3", ClosedLoop(4, 2.0, ExponentialGaps(), 3)),
+        ("--rate 9 --arrivals gamma --cv 3 --seed 3", Gamma(9.0, 3.0, 3)),
+        ("--rate 9 --arrivals weibull --cv 3", Weibull(9.0, cv=3.0)),
+        ("--rate 9 --arrivals deterministic", Deterministic(9.0)),
+        ("--rate 9 --steps 1:90,2:9", Stepped([(0, 9), (1, 90), (2, 9)])),
+        ("--rate 9 --steps 1:90 --arrivals gamma --cv 2", Stepped([(0, 9), (1, 90)], GammaGaps(2.0))),
+        (f"--request-trace {requests} --speedup 4", ImportedArrivals(trace)),
+    ]
+    for flags, workload in asked:
+        out = tmp_path / "out"
+        assert run("simulate", recording, "--cost", cost, *flags.split(), "--out", str(out)) == 0
+        simulated = Trace.read(out)
+        assert simulated.config["workload"] == workload.describe()
+        if not isinstance(workload, ClosedLoop):
+            assert simulated.requests["arrival"].to_numpy() == pytest.approx(workload.arrivals(6))
+    assert "burst.csv: burstgpt, 9 requests over 4.0 s (2 per second)" in capfd.readouterr().out
+
+
 def test_block_size_is_the_replayed_one(inputs: tuple[str, str], tmp_path: Path) -> None:
     recording, cost = inputs
     flags = ("simulate", recording, "--cost", cost, "--policy", "fixed", "--out", str(tmp_path / "twin"))
@@ -259,6 +290,17 @@ def test_a_biased_simulation_is_refused_or_labelled(
         (("verify", "--slow"), "--slow"),
         (("simulate", "{trace}", "--cost", "{cost}", "--concurrency", "0"), "num_users is 0"),
         (("simulate", "{trace}", "--cost", "{cost}", "--rate", "-1"), "rate is -1.0"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--rate", "1", "--cv", "2"), "cv is 2.0 and arrivals are poisson"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--rate", "1", "--arrivals", "gamma"), "cv is None"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--arrivals", "gamma", "--cv", "2"), "give --rate"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--rate", "1", "--steps", "5-2"), "have the part '5-2'"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--rate", "1", "--steps", "5:-2"), "is -2.0 requests per second"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--rate", "1", "--think-seconds", "2"), "users of a closed loop"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--rate", "1", "--request-trace", "{none}"), "give one of them"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--request-trace", "{none}"), "no trace of requests at"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--request-trace", "{cost}"), "known formats are azure"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--speedup", "2"), "give --request-trace"),
+        (("simulate", "{trace}", "--cost", "{cost}", "--timeout-seconds", "0"), "timeout_seconds is 0.0"),
         (("simulate", "{trace}", "--cost", "{cost}", "--num-requests", "0"), "num_requests is 0"),
         (("simulate", "{trace}", "--cost", "{cost}", "--block-size", "6"), "recorded with 5"),
         (("simulate", "{trace}", "--cost", "{cost}", "--policy", "fixed", "--verify-len", "6"), "drafts 6 tokens"),

@@ -8,6 +8,7 @@ CORE = (
     *("errors", "request", "provenance", "trace", "cost", "workload", "policy", "policy_history", "policy_ranked"),
     *("cost_curve", "cost_parts", "cost_model", "cost_steps", "cost_noise", "cost_parametric", "cost_table"),
     *("model_shapes", "roofline", "policy_zoo", "scheduler", "loop"),
+    *("gaps", "arrivals", "request_traces", "lengths", "mixes"),
 )
 
 SCRIPT = f"""

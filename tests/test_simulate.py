@@ -318,7 +318,14 @@ def test_config_says_what_was_run() -> None:
     config = run.config
     assert (config["policy"], config["block_size"], config["num_requests"]) == ("prefix-3", 4, 4)
     assert config["policy_parameters"]["draft_len"] == 3
-    assert config["workload"] == {"kind": "ClosedLoop", "num_users": 2, "think_seconds": 0.0}
+    assert config["workload"] == {
+        "kind": "ClosedLoop",
+        "num_users": 2,
+        "think_seconds": 0.0,
+        "think_law": {"kind": "ConstantGaps"},
+        "seed": 0,
+        "timeout_seconds": None,
+    }
     assert config["acceptance_source"] == {"kind": "recorded_anchors", "num_prompts": 4, "block_size": 5}
     assert CostModel.from_json(config["cost"]) == COST
     assert run.provenance["packages"]["simpy"]

@@ -50,9 +50,10 @@ class Record:
     def run(self) -> None:
         """Run it."""
         from dspark_sim.api import record
+        from dspark_sim.workload import ClosedLoop
 
         workload = self.load.load()
-        engine = self.model.load(self.load.concurrency if self.load.rate is None else 16)
+        engine = self.model.load(self.load.concurrency if isinstance(workload, ClosedLoop) else 16)
         trace = record(
             self.prompts.load(),
             policy=self.policy.load(engine.block_size),

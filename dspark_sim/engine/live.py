@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
 from dspark_sim.request import Request
 from dspark_sim.workload import ClosedLoop, Workload
@@ -20,10 +21,21 @@ def serve(loop: DecodeLoop, requests: Sequence[Request], workload: Workload, *, 
 
     A closed loop's user sends its next request the moment (plus think time) its last one is answered, in the order
     of finishing; an open loop's requests arrive at their drawn times.
+
+    Raises
+    ------
+    UserError
+        If users have a timeout: a live request cannot be abandoned.
     """
+    if workload.timeout_seconds is not None:
+        raise UserError(
+            f"timeout_seconds is {workload.timeout_seconds} and a live run answers every request; leave it out, or "
+            "simulate"
+        )
     order = itertools.count()
     if isinstance(workload, ClosedLoop):
         times = [0.0] * min(workload.num_users, len(requests))
+        think_times = workload.think_times(len(requests)).tolist()
     else:
         times = workload.arrivals(len(requests)).tolist()
     arrivals = [(when, next(order)) for when in times]
@@ -44,5 +56,5 @@ def serve(loop: DecodeLoop, requests: Sequence[Request], workload: Workload, *, 
             for request in loop.finished:
                 bar.update()
                 if isinstance(workload, ClosedLoop):
-                    heapq.heappush(arrivals, (request.finish + workload.think_seconds, next(order)))
+                    heapq.heappush(arrivals, (request.finish + think_times[request.request_id], next(order)))
             loop.finished.clear()

@@ -268,7 +268,7 @@ class Engine:
             "policy": policy.label(),
             "policy_parameters": parameters(policy),
             "cost_forced": forced,
-            "workload": {"kind": type(workload).__name__, **asdict(workload)},
+            "workload": workload.describe(),
             "scheduler": asdict(scheduler.config),
             "max_tokens": max_tokens,
             "prompts": {request.prompt_id: encoded[request.prompt_id] for request in requests},

@@ -9,7 +9,7 @@ are queued in that order, before the next iteration starts. A live driver does t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import simpy
 from simpy.events import ProcessGenerator
@@ -67,12 +67,17 @@ class Server:
                 yield self.env.timeout(0.0)
 
 
-def user(env: simpy.Environment, server: Server, requests: Iterator[Request], think_seconds: float) -> ProcessGenerator:
-    """One user of a closed loop: take the next request off the shared list, wait for the answer, think, ask again."""
+def user(
+    env: simpy.Environment, server: Server, requests: Iterator[Request], think_times: Sequence[float]
+) -> ProcessGenerator:
+    """One user of a closed loop: take the next request off the shared list, wait for the answer, think, ask again.
+
+    The pause after a request is the entry of `think_times` at its request_id, in seconds.
+    """
     for request in requests:
         yield server.submit(request)
-        if think_seconds > 0:
-            yield env.timeout(think_seconds)
+        if think_times[request.request_id] > 0:
+            yield env.timeout(think_times[request.request_id])
 
 
 def source(

@@ -74,8 +74,8 @@ def simulate(
         Let iterations scatter as the profiled ones did, by residuals drawn under this seed; ``None`` gives each its
         mean seconds.
     seed
-        Added to the seed of a workload that draws arrivals; 0 leaves it. A closed loop has nothing random of its own.
-        Also the seed of a law's luck.
+        Added to the seed of the workload, which keys arrivals and think times; 0 leaves it. Also the seed of a law's
+        luck.
     progress
         Show a bar of finished requests on stderr.
 
@@ -98,8 +98,7 @@ def simulate(
     loop = DecodeLoop(
         executor, Scheduler(limits, executor.block_size), policy, recorder, cost, allow_biased=allow_biased
     )
-    if not isinstance(workload, ClosedLoop):
-        workload = replace(workload, seed=workload.seed + seed)
+    workload = workload.reseeded(seed)
     with tqdm(total=len(requests), desc=policy.label(), unit="req", disable=not progress) as bar:
         _run(loop, requests, workload, bar)
     config = {
@@ -110,7 +109,7 @@ def simulate(
         "approximate": anchors.mode == "rejection" and _is_lagged(policy),
         "policy": policy.label(),
         "policy_parameters": parameters(policy),
-        "workload": {"kind": type(workload).__name__, **asdict(workload)},
+        "workload": workload.describe(),
         "num_requests": len(requests),
         "block_size": executor.block_size,
         "has_confidence": executor.has_confidence,
@@ -133,8 +132,9 @@ def _run(loop: DecodeLoop, requests: list[Request], workload: Workload, bar: tqd
     server = Server(env, loop, on_finish=lambda request: bar.update())
     if isinstance(workload, ClosedLoop):
         shared: Iterator[Request] = iter(requests)
+        think_times = workload.think_times(len(requests)).tolist()
         for _ in range(min(workload.num_users, len(requests))):
-            env.process(user(env, server, shared, workload.think_seconds))
+            env.process(user(env, server, shared, think_times))
     else:
         env.process(source(env, server, requests, workload.arrivals(len(requests)).tolist()))
     env.run()
