@@ -62,7 +62,7 @@ def test_the_card_has_what_the_files_have(folder):
     assert text.startswith("---\nlicense: apache-2.0\nbase_model: tiny\n")
     for line in (
         *("# own, a drafter for tiny", "Ten tokens.", "| layers | 2 |", "| target layers read | 1, 2 |"),
-        *("| updates | 2,000 |", "| seed | 0 |", "| 100 | 1.900 | 1.10 |", "| 2,000 | 0.000 | 3.00 |"),
+        *("| updates of the schedule | 2,000 |", "| seed | 0 |", "| 100 | 1.900 | 1.10 |", "| 2,000 | 0.000 | 3.00 |"),
         *("by position at the end: 0.60 0.50.", "on 72 prompts of at most 128", "| temperature | math | macro |"),
         "| 0 | 2.25 [2.15, 3.00] | 2.25 [2.15, 3.00] |",
         "| 1 | 3.25 [2.15, 3.00] | 3.25 [2.15, 3.00] |",

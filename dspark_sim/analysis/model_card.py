@@ -20,7 +20,9 @@ from dspark_sim.errors import UserError, explain_os_errors
 from dspark_sim.files import whole_file
 
 _RECIPE = {
-    "num_updates": "updates",
+    "updates_done": "updates",
+    "num_updates": "updates of the schedule",
+    "restarted_at": "optimiser's state lost after update",
     "sequences_per_update": "sequences per update",
     "anchors_per_sequence": "anchors per sequence",
     "max_len": "longest sequence (tokens)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from dspark_sim.engine.drafters.markov import MarkovHeadType
@@ -101,6 +101,15 @@ class TrainConfig:
             )
         if not self.files:
             raise UserError("data names no file; give a Parquet file written by `dspark-sim synthesise`")
+
+    def applicable(self) -> dict[str, object]:
+        """The settings that this kind of drafter has, by name."""
+        unused: tuple[str, ...] = ()
+        if self.drafter in ("eagle3", "mtp"):
+            unused = ("num_layers", "markov_rank", "markov_head_type", "confidence_head")
+        elif self.drafter == "dflash":
+            unused = ("markov_rank", "markov_head_type", "confidence_head")
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @property
     def files(self) -> tuple[str, ...]:

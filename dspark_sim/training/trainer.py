@@ -253,7 +253,7 @@ class _Trainer:
         """Write the drafter and what a resumed run needs."""
         if not self.group.is_first:
             return
-        settings = {k: v for k, v in asdict(self.config).items() if k not in _ELSEWHERE}
+        settings = {k: v for k, v in self.config.applicable().items() if k not in _ELSEWHERE}
         notes = {"updates_done": update, "seconds": round(self.seconds, 1), "text_sha256": self.text, **settings}
         save_drafter(self.drafter, self.out, notes)
         state = {f"weights.{name}": p.detach().cpu() for name, p in self.drafter.named_parameters()}
