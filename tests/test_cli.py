@@ -22,7 +22,20 @@ from dspark_sim.trace import Trace
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("demo", "record", "profile", "simulate", "compare", "verify", "evaluate", "synthesise", "merge-synthesis"),
+    *(
+        "demo",
+        "record",
+        "profile",
+        "simulate",
+        "compare",
+        "metrics",
+        "explain",
+        "export-trace",
+        "verify",
+        "evaluate",
+        "synthesise",
+        "merge-synthesis",
+    ),
     *("train", "learning-curves", "fit-margin", "calibrate", "export", "bench"),
 )
 POLICIES = get_args(PolicyName)

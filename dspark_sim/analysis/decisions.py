@@ -151,14 +151,15 @@ def decisions(
         for name in ("step", "request_id", "draft_len", "verify_len", "num_accepted", "num_emitted")
     }
     signal = signal_values(trace, policy.signal, recording, table)
-    steps = trace.steps.set_index("step")
+    names = [name for name in ("num_waiting", "context_tokens", "draft_len", "replica") if name in trace.steps]
+    facts = dict(zip(trace.steps["step"].tolist(), trace.steps[names].to_numpy().astype(np.int64), strict=True))
     edges = np.flatnonzero(np.diff(columns["step"], prepend=-1, append=-1))
     # Each replica has a controller of its own.
     controllers: dict[Any, Controller] = {}
     for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         rows = slice(begin, end)
         step = int(columns["step"][begin])
-        row = steps.loc[step]
+        row = dict(zip(names, facts[step].tolist(), strict=True))
         replica = row.get("replica", 0)
         if replica not in controllers:
             controllers[replica] = policy.start()
@@ -166,14 +167,14 @@ def decisions(
         load = LoadView(
             step=step,
             num_running=end - begin,
-            num_waiting=int(row["num_waiting"]),
-            context_tokens=int(row["context_tokens"]),
+            num_waiting=row["num_waiting"],
+            context_tokens=row["context_tokens"],
             block_size=block_size,
             request_ids=tuple(columns["request_id"][rows].tolist()),
         )
         state = _state(controller)
         chosen_draft_len = min(controller.draft_len(load), block_size)
-        draft_len, draft_lens = int(row["draft_len"]), columns["draft_len"][rows]
+        draft_len, draft_lens = row["draft_len"], columns["draft_len"][rows]
         survival = survivals(signal[rows, :draft_len], draft_lens)
         seen = seen_survival(controller, load, survival)
         chosen = np.minimum(controller.verify_lens(load, survival), draft_lens)
@@ -328,22 +329,20 @@ def _matching_anchors(trace: Trace, recording: Trace, table: pa.Table) -> npt.ND
     """Row of the recording's `anchors` for each round in `table`."""
     requests, recorded = trace.requests, recording.requests.sort_values("request_id")
     if trace is recording:
-        owner = dict.fromkeys(requests["request_id"])
-        owner = {request_id: request_id for request_id in owner}
+        owner = {request_id: request_id for request_id in requests["request_id"]}
     elif recording.config.get("mode", "greedy") == "greedy":
         with_anchors = set(recording.anchors["request_id"])
         known = recorded[recorded["request_id"].isin(with_anchors)].drop_duplicates("prompt_id")
         by_prompt = dict(zip(known["prompt_id"], known["request_id"], strict=True))
-        owner = {row.request_id: by_prompt.get(row.prompt_id) for row in requests.itertuples()}
+        prompts = requests[["request_id", "prompt_id"]].itertuples(index=False, name=None)
+        owner = {request_id: by_prompt.get(prompt_id) for request_id, prompt_id in prompts}
     else:
         ids = recorded["request_id"].tolist()
         owner = {request_id: ids[request_id % len(ids)] for request_id in requests["request_id"]}
     anchors = recording.tables["anchors"]
     places = {
         key: row
-        for row, key in enumerate(
-            zip(anchors["request_id"].to_pylist(), anchors["position"].to_pylist(), strict=True)
-        )
+        for row, key in enumerate(zip(anchors["request_id"].to_pylist(), anchors["position"].to_pylist(), strict=True))
     }
     found = np.empty(table.num_rows, dtype=np.int64)
     rounds = zip(table["request_id"].to_pylist(), table["position"].to_pylist(), strict=True)

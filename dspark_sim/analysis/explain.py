@@ -75,15 +75,16 @@ class Explanation:
         facts = self.facts
         parts = [
             f"Step {facts['step']} of policy {facts['policy']}, at {facts['start']:.6g} s",
-            f"load: {facts['num_running']} running, {facts['num_waiting']} waiting, {facts['context_tokens']} tokens of "
-            f"context, block size {facts['block_size']}",
+            f"load: {facts['num_running']} running, {facts['num_waiting']} waiting, "
+            f"{facts['context_tokens']} tokens of context, block size {facts['block_size']}",
         ]
         if self.state:
             learnt = ", ".join(f"{name} {_short(value)}" for name, value in self.state.items())
             parts.append(f"learnt before: {learnt}")
         parts.append(
-            f"choice: {facts['draft_len']} drafts per request asked for, {facts['num_verified']} verified in a batch of "
-            f"{facts['batch_tokens']} tokens; {facts['num_accepted']} accepted, {facts['num_emitted']} tokens emitted"
+            f"choice: {facts['draft_len']} drafts per request asked for, {facts['num_verified']} verified "
+            f"in a batch of {facts['batch_tokens']} tokens; {facts['num_accepted']} accepted, "
+            f"{facts['num_emitted']} tokens emitted"
         )
         parts.append(
             f"throughput (tokens/s): expected {_short(facts['predicted_throughput'])}, "
@@ -93,11 +94,17 @@ class Explanation:
         parts += ["", aligned(self.requests)]
         if len(self.candidates):
             shown = self.candidates.head(most).dropna(axis=1, how="all")
-            parts += ["", f"candidates by {facts['signal']}, best {len(shown)} of {len(self.candidates)}:", aligned(shown)]
+            parts += [
+                "",
+                f"candidates by {facts['signal']}, best {len(shown)} of {len(self.candidates)}:",
+                aligned(shown),
+            ]
         if len(self.curve):
             rows = np.unique(np.linspace(0, len(self.curve) - 1, min(most, len(self.curve))).round().astype(int))
             chosen, best = facts["num_verified"], int(self.curve["throughput"].argmax())
-            points = self.curve.iloc[np.union1d(rows, [min(chosen, len(self.curve) - 1), best])].dropna(axis=1, how="all")
+            points = self.curve.iloc[np.union1d(rows, [min(chosen, len(self.curve) - 1), best])].dropna(
+                axis=1, how="all"
+            )
             marks = [
                 " ".join(word for word, place in (("chosen", chosen), ("largest", best)) if place == number)
                 for number in points["num_admitted"]
@@ -140,16 +147,18 @@ def explain(trace: Trace, step: int, *, cost: CostModel | None = None, recording
     UserError
         If the trace has no such iteration, it is a prefill, or as `decisions.decisions`.
     """
-    steps = trace.steps.set_index("step")
-    if step not in steps.index:
-        raise UserError(f"the trace has no step {step}; its steps are {steps.index.min()} to {steps.index.max()}")
+    steps = trace.steps
+    known_steps = steps["step"].to_numpy()
+    if step not in known_steps:
+        raise UserError(f"the trace has no step {step}; its steps are {_range(known_steps)}")
     made = list(decisions(trace, cost=cost, recording=recording, last=step))
     if not made or made[-1].load.step != step:
         known = trace.drafts["step"].to_numpy()
         later = known[known > step]
         nearest = f"the next decode round is step {later.min()}" if later.size else "no decode round follows"
         raise UserError(f"step {step} is a prefill, where a policy has nothing to choose; {nearest}")
-    decision, row, policy = made[-1], steps.loc[step], policy_of(trace, cost)
+    decision, policy = made[-1], policy_of(trace, cost)
+    row: Any = steps.iloc[int(np.flatnonzero(known_steps == step)[0])]
     cost = cost if cost is not None else cost_of(trace)
     notes: list[str] = []
     accept_prob = _accept_prob(trace, recording, decision, notes)
@@ -165,14 +174,19 @@ def explain(trace: Trace, step: int, *, cost: CostModel | None = None, recording
         "start": float(row["start"]),
         "policy": policy.label(),
         "signal": policy.signal,
-        **{name: getattr(decision.load, name) for name in ("num_running", "num_waiting", "context_tokens", "block_size")},
+        **{
+            name: getattr(decision.load, name)
+            for name in ("num_running", "num_waiting", "context_tokens", "block_size")
+        },
         "draft_len": decision.draft_len,
         **{name: int(getattr(decision, name).sum()) for name in ("num_accepted", "num_emitted")},
         "num_verified": int(decision.verify_lens.sum()),
         "batch_tokens": int(row["batch_tokens"]),
         **{name: float(row[name]) for name in ("step_seconds", "predicted_step_seconds")},
         "predicted_throughput": _predicted(row, decision, seconds),
-        "realised_throughput": float(decision.num_emitted.sum() / row["step_seconds"]) if row["step_seconds"] else np.nan,
+        "realised_throughput": float(decision.num_emitted.sum() / row["step_seconds"])
+        if row["step_seconds"]
+        else np.nan,
         "oracle_throughput": np.nan,
     }
     requests = pd.DataFrame(
@@ -193,7 +207,7 @@ def explain(trace: Trace, step: int, *, cost: CostModel | None = None, recording
     return Explanation(facts, decision.state, requests, candidates, curve, verdict(made), tuple(notes))
 
 
-def _predicted(row: pd.Series[Any], decision: Decision, seconds: FloatArray | None) -> float:
+def _predicted(row: Any, decision: Decision, seconds: FloatArray | None) -> float:
     recorded = float(row["predicted_throughput"])
     if np.isfinite(recorded) or seconds is None:
         return recorded
@@ -202,9 +216,7 @@ def _predicted(row: pd.Series[Any], decision: Decision, seconds: FloatArray | No
     return expected / float(seconds[int(decision.verify_lens.sum())])
 
 
-def _accept_prob(
-    trace: Trace, recording: Trace | None, decision: Decision, notes: list[str]
-) -> FloatArray | None:
+def _accept_prob(trace: Trace, recording: Trace | None, decision: Decision, notes: list[str]) -> FloatArray | None:
     source = trace if recording is None else recording
     column = source.tables["anchors"]["accept_prob"]
     if not decision.draft_len:
@@ -264,13 +276,18 @@ def _candidates(
     )
     if seconds is not None and not np.isnan(decision.survival).any():
         frame = frame.assign(expected_tokens=expected[1:], seconds=seconds[1:], throughput=expected[1:] / seconds[1:])
-    return frame[drafted].reset_index(drop=True)
+    kept: pd.DataFrame = frame[drafted].reset_index(drop=True)
+    return kept
 
 
 def _outcomes(depth: IntArray, verify_lens: IntArray, num_accepted: IntArray) -> Any:
     unverified, accepted, rejected = depth >= verify_lens, depth < num_accepted, depth == num_accepted
     words = ["not verified", "accepted", "rejected"]
     return np.select([unverified, accepted, rejected], words, "after a rejection")
+
+
+def _range(steps: Any) -> str:
+    return f"{steps.min()} to {steps.max()}" if steps.size else "none"
 
 
 def _short(value: Any) -> str:

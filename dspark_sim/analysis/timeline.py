@@ -2,8 +2,8 @@
 
 Three processes of the timeline: the engine with its iterations and the spans inside each (prefill, draft, head, policy,
 verify, accept, host, laid end to end, for the trace holds their lengths and not their instants); its counters (requests
-running and waiting, batch tokens, KV usage); and the requests with their phases queue, prefill and decode, in the decode
-their rounds. Requests have a track each, or share as many tracks as were in the server at once (slots).
+running and waiting, batch tokens, KV usage); and the requests with their phases queue, prefill and decode, and in the
+decode their rounds. Requests have a track each, or share as many tracks as were in the server at once (slots).
 
 Times in the file are microseconds, from the start of the run, whole nanoseconds: so what follows or contains another
 event does so exactly. The format is Google's "Trace Event Format": complete events (``ph`` X), counters (C), names (M).
@@ -110,7 +110,7 @@ def _iterations(steps: pd.DataFrame) -> Iterator[Event]:
     bounds = starts[:, None] + np.rint(np.cumsum(lengths, axis=1) * 1e9).astype(np.int64)
     bounds = np.minimum(bounds, ends[:, None])
     columns = ("step", "num_running", "num_waiting", "num_prefill_tokens", "draft_len", "batch_tokens", "padded_tokens")
-    facts = steps[[*columns, "context_tokens"]].to_dict("records")
+    facts: list[Event] = steps[[*columns, "context_tokens"]].to_dict("records")  # type: ignore[assignment]
     predictions = steps["predicted_throughput"].to_numpy(dtype=np.float64)
     for row, fact in enumerate(facts):
         name = "prefill" if fact["num_prefill_tokens"] else "decode"
@@ -118,12 +118,12 @@ def _iterations(steps: pd.DataFrame) -> Iterator[Event]:
         if np.isfinite(predictions[row]):
             args["predicted_throughput"] = float(predictions[row])
         yield _span(f"{name} iteration", ENGINE, 1, starts[row], ends[row], args, "iteration")
-        begin = starts[row]
+        begin = int(starts[row])
         for column, span in enumerate(spans):
-            end = bounds[row, column]
+            end = int(bounds[row, column])
             if end > begin:
                 yield _span(span, ENGINE, 1, begin, end, None, "span")
-            begin = max(begin, end)
+            begin = end if end > begin else begin
 
 
 def _counters(steps: pd.DataFrame) -> Iterator[Event]:
@@ -138,14 +138,18 @@ def _counters(steps: pd.DataFrame) -> Iterator[Event]:
     for name, columns in groups.items():
         values = np.nan_to_num(steps[list(columns.values())].to_numpy(dtype=np.float64))
         for start, row in zip(starts, values.tolist(), strict=True):
-            yield {"ph": "C", "name": name, "pid": ENGINE, "ts": start / 1e3, "args": dict(zip(columns, row, strict=True))}
+            yield {
+                "ph": "C",
+                "name": name,
+                "pid": ENGINE,
+                "ts": start / 1e3,
+                "args": dict(zip(columns, row, strict=True)),
+            }
         end = _ends(steps)[-1]
         yield {"ph": "C", "name": name, "pid": ENGINE, "ts": end / 1e3, "args": dict.fromkeys(columns, 0.0)}
 
 
-def _lives(
-    trace: Trace, steps: pd.DataFrame, requests: pd.DataFrame, places: npt.NDArray[np.int64]
-) -> Iterator[Event]:
+def _lives(trace: Trace, steps: pd.DataFrame, requests: pd.DataFrame, places: npt.NDArray[np.int64]) -> Iterator[Event]:
     scheduled = scheduled_instants(trace).reindex(requests["request_id"])
     instants = [requests["arrival"], scheduled, requests["first_token"], requests["finish"]]
     bounds = np.maximum.accumulate(np.stack([_nanoseconds(column) for column in instants], axis=1), axis=1)
@@ -153,7 +157,9 @@ def _lives(
     rounds = trace.drafts[trace.drafts["step"].isin(times.index)].join(times, on="step")
     by_request = {request_id: part.sort_values("begin") for request_id, part in rounds.groupby("request_id")}
     columns = ("request_id", "prompt_id", "domain", "prompt_len", "output_len", "finish_reason", "num_preemptions")
-    for row, fact in enumerate(requests[list(columns)].astype(object).to_dict("records")):
+    facts: list[Event] = requests[list(columns)].astype(object).to_dict("records")  # type: ignore[assignment]
+    shown = ("step", "draft_len", "verify_len", "num_accepted", "num_emitted")
+    for row, fact in enumerate(facts):
         tid = int(places[row]) + 1
         args = {key: value for key, value in fact.items() if value is not None and value == value}
         yield _span(f"request {fact['request_id']}", REQUESTS, tid, bounds[row, 0], bounds[row, 3], args, "request")
@@ -161,10 +167,10 @@ def _lives(
             begin, end = bounds[row, phase], bounds[row, phase + 1]
             if end > begin:
                 yield _span(name, REQUESTS, tid, begin, end, None, "phase")
-        for round_ in by_request.get(fact["request_id"], times.iloc[:0]).itertuples():
-            begin, end = np.clip((round_.begin, round_.end), bounds[row, 2], bounds[row, 3])
-            counts = {name: int(getattr(round_, name)) for name in ("step", "draft_len", "verify_len", "num_accepted")}
-            counts["num_emitted"] = int(round_.num_emitted)
+        own = by_request.get(fact["request_id"], rounds.iloc[:0])
+        spans = np.clip(own[["begin", "end"]].to_numpy(dtype=np.int64), bounds[row, 2], bounds[row, 3])
+        for (begin, end), numbers in zip(spans.tolist(), own[list(shown)].to_numpy(np.int64).tolist(), strict=True):
+            counts = dict(zip(shown, numbers, strict=True))
             yield _span(f"{counts['num_emitted']} tokens", REQUESTS, tid, begin, end, counts, "round")
 
 

@@ -9,8 +9,8 @@ vLLM counts: drafts that the target was given, in rounds with at least one; ``ac
 position's rate is over all such rounds.
 
 **Per request** (`per_request_metrics`): the ``metrics`` object of vLLM's responses under
-``--enable-per-request-metrics`` and ``--per-request-spec-decode-metrics detailed`` (docs/features/per_request_metrics.md
-and docs/features/speculative_decoding/acceptance_metrics.md, from pull requests 46768 and 48915): there
+``--enable-per-request-metrics`` and ``--per-request-spec-decode-metrics detailed`` (its docs/features:
+per_request_metrics.md and speculative_decoding/acceptance_metrics.md; pull requests 46768 and 48915): there
 ``time_to_first_token_ms`` and ``tokens_per_second`` start when the request is scheduled, after ``queue_time_ms``, and
 ``mean_itl_ms`` is per token, i.e. tpot. Rounds in which no draft was verified are left out, as there.
 """
@@ -113,25 +113,26 @@ def per_request_metrics(trace: Trace) -> Iterator[dict[str, Any]]:
     first_token = trace.requests.set_index("request_id")["first_token"].reindex(requests["request_id"]).to_numpy()
     rounds = {request_id: part for request_id, part in trace.drafts.groupby("request_id")}
     limit = _num_spec_tokens(trace)
-    for row, start, first in zip(requests.itertuples(), scheduled, first_token, strict=True):
-        generation = float(row.e2e_latency - row.ttft)
+    rows: list[dict[str, Any]] = requests.to_dict("records")  # type: ignore[assignment]
+    for row, start, first in zip(rows, scheduled, first_token, strict=True):
+        generation = float(row["e2e_latency"] - row["ttft"])
         seconds = generation + float(first - start)
         yield {
-            "id": f"request-{row.request_id}",
-            "prompt_id": row.prompt_id,
-            "domain": row.domain,
+            "id": f"request-{row['request_id']}",
+            "prompt_id": row["prompt_id"],
+            "domain": row["domain"],
             "usage": {
-                "prompt_tokens": int(row.prompt_len),
-                "completion_tokens": int(row.output_len),
-                "total_tokens": int(row.prompt_len + row.output_len),
+                "prompt_tokens": int(row["prompt_len"]),
+                "completion_tokens": int(row["output_len"]),
+                "total_tokens": int(row["prompt_len"] + row["output_len"]),
             },
             "metrics": {
                 "time_to_first_token_ms": 1e3 * float(first - start),
                 "generation_time_ms": 1e3 * generation,
-                "queue_time_ms": 1e3 * float(start - row.arrival),
-                "mean_itl_ms": None if row.output_len < 2 else 1e3 * float(row.tpot),
-                "tokens_per_second": int(row.output_len) / seconds if seconds > 0 else None,
-                "speculative_decoding": _speculation(rounds.get(row.request_id), limit),
+                "queue_time_ms": 1e3 * float(start - row["arrival"]),
+                "mean_itl_ms": None if row["output_len"] < 2 else 1e3 * float(row["tpot"]),
+                "tokens_per_second": int(row["output_len"]) / seconds if seconds > 0 else None,
+                "speculative_decoding": _speculation(rounds.get(row["request_id"]), limit),
             },
         }
 
@@ -144,7 +145,8 @@ def scheduled_instants(trace: Trace) -> pd.Series[Any]:
     """
     requests = trace.requests.set_index("request_id")
     if "scheduled" in requests:
-        return requests["scheduled"]
+        known: pd.Series[Any] = requests["scheduled"]
+        return known
     steps = trace.steps.sort_values("start")
     if steps.empty:
         return requests["arrival"]
