@@ -88,7 +88,7 @@ def test_and_from_a_file(name: PolicyName, tmp_path: Path) -> None:
         (LaggedPrefixScheduler(COST, 1), LaggedPrefixScheduler(COST, 2)),
         (Fixed(3), Fixed(4)),
         (Goodput(COST, decay=0.9), Goodput(COST, decay=0.2)),
-        (AcceptanceEMA((1, 2, 5), 0.0, 0.0, 1, 0), AcceptanceEMA((1, 2, 5), 0.0, 0.0, 1, 3)),
+        (AcceptanceEMA((1, 2, 5), 0.0, 0.0, 1, 0), AcceptanceEMA((1, 2, 5), 0.0, 1.0, 1, 0)),
         (BatchSizeTable(TABLE), BatchSizeTable(((3, 5), (5, 0)))),
         (Oracle(COST), PrefixScheduler(COST)),
     ],

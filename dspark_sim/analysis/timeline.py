@@ -114,7 +114,7 @@ def _iterations(steps: pd.DataFrame) -> Iterator[Event]:
     predictions = steps["predicted_throughput"].to_numpy(dtype=np.float64)
     for row, fact in enumerate(facts):
         name = "prefill" if fact["num_prefill_tokens"] else "decode"
-        args = {key: int(value) for key, value in fact.items() if pd.notna(value)}
+        args: Event = {key: int(value) for key, value in fact.items() if pd.notna(value)}
         if np.isfinite(predictions[row]):
             args["predicted_throughput"] = float(predictions[row])
         yield _span(f"{name} iteration", ENGINE, 1, starts[row], ends[row], args, "iteration")
@@ -123,7 +123,7 @@ def _iterations(steps: pd.DataFrame) -> Iterator[Event]:
             end = int(bounds[row, column])
             if end > begin:
                 yield _span(span, ENGINE, 1, begin, end, None, "span")
-            begin = end if end > begin else begin
+            begin = max(begin, end)
 
 
 def _counters(steps: pd.DataFrame) -> Iterator[Event]:
