@@ -98,7 +98,7 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith(f"usage: dspark-sim {command}")
     # These make one file and print no table.
-    assert ("--json" in text) == (command not in ("merge-synthesis", "learning-curves", "export"))
+    assert ("--json" in text) == (command not in ("merge-synthesis", "learning-curves", "export", "export-trace"))
     assert "PATH (default" not in text and "INT (default" not in text and "STR (default" not in text
 
 

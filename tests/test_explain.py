@@ -271,6 +271,23 @@ def test_figures_have_units_and_what_was_chosen() -> None:
         plots.policy_reaction(trace, start=1e6)
 
 
+@pytest.mark.parametrize("draw", [lambda: plots.policy_reaction(spike(), "Toy."), lambda: _decision_figure()])
+def test_nothing_runs_off_the_paper(draw: Any) -> None:
+    figure = draw()
+    figure.canvas.draw()
+    paper, texts = figure.bbox, [text.get_window_extent() for text in figure.texts]
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    for box in (*texts, *boxes):
+        assert box.x0 >= paper.x0 - 1 and box.x1 <= paper.x1 + 1 and box.y0 >= paper.y0 - 1 and box.y1 <= paper.y1 + 1
+    assert not any(text.overlaps(box) for text in texts for box in boxes)
+    plt.close(figure)
+
+
+def _decision_figure() -> Any:
+    trace, recorded = served(LaggedPrefixScheduler(COST))
+    return plots.policy_decision(explain(trace, decode_steps(trace)[8], recording=recorded), "Toy.")
+
+
 # Refusals and commands
 
 

@@ -14,6 +14,8 @@ from dspark_sim.analysis.metrics import per_request, summary
 from dspark_sim.analysis.samples import Observations
 from dspark_sim.analysis.slo import SLO, Objectives, parse_goodput, parse_slo
 from dspark_sim.analysis.stats import Bootstrap
+from dspark_sim.analysis.timeline import timeline
+from dspark_sim.analysis.vllm_export import bench_serve
 from dspark_sim.analysis.window import Window, mser, steady, trimmed, whole
 from dspark_sim.errors import UserError
 from dspark_sim.policy import Fixed, PrefixScheduler
@@ -187,6 +189,23 @@ def test_without_drafts_shares_are_undefined_and_a_round_is_a_token() -> None:
     assert np.isnan(found["draft_acceptance_rate"]) and np.isnan(found["wasted_verification_share"])
     assert found["acceptance_length"] == found["verification_budget"] == 1
     assert found["icl"] == pytest.approx(found["itl"])
+
+
+def test_failed_requests_fail_their_objective_and_have_no_latency() -> None:
+    """One of two requests gave up after 2 seconds, without a token."""
+    trace = by_hand()
+    rows = trace.tables["requests"].to_pylist()
+    rows[1] |= {"finish_reason": "timeout", "first_token": None, "finish": 2.5, "output_len": 0}
+    drafts = trace.tables["drafts"].slice(0, 2)
+    requests = pa.Table.from_pylist(rows, schema=SCHEMAS["requests"])
+    failed = Trace({**trace.tables, "requests": requests, "drafts": drafts}, "virtual")
+    found = means(measure(failed, objectives=Objectives(SLO(ttft=9.0)), bootstrap=QUICK))
+    expected = {"failed_share": 0.5, "slo_attainment": 0.5, "ttft": 1.0, "goodput": 1 / 6, "output_throughput": 5 / 6}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    result = bench_serve(failed)
+    assert (result["completed"], result["failed"], result["num_prompts"]) == (1, 1, 2)
+    waiting = [event["name"] for event in timeline(failed) if event.get("tid") == 2 and event.get("cat") == "phase"]
+    assert waiting == ["queue"]
 
 
 # Objectives

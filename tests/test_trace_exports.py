@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,6 +195,17 @@ def test_slots_are_as_many_as_requests_at_once() -> None:
     spans = check_timeline(list(timeline(trace, tracks="slot")))
     assert len(spans) == 1 + 3
     assert len(check_timeline(list(timeline(trace, tracks="request")))) == 1 + 40
+
+
+def test_replicas_have_a_track_each() -> None:
+    trace = served()
+    steps = trace.steps.copy()
+    # A second engine that does the same a little later, under other step numbers.
+    twin = steps.assign(step=steps["step"] + len(steps), start=steps["start"] + 1e-3, replica=1)
+    trace.steps = pd.concat([steps.assign(replica=0), twin], ignore_index=True)
+    spans = check_timeline(list(timeline(trace)))
+    assert {tid for pid, tid in spans if pid == 1} == {1, 2}
+    assert len(spans[1, 1]) == len(spans[1, 2])
 
 
 def test_a_part_of_a_timeline() -> None:

@@ -11,6 +11,7 @@ Definitions beyond those in `metrics`:
 * ``verification_budget``: 1 + verify_len per request and round, the anchor included, as the paper counts (Figure 8);
 * ``wasted_verification``: verify_len - num_accepted per request and round: drafts that took a place in the target's
   batch and were not kept; ``wasted_verification_share`` is their part of all verified drafts;
+* ``failed_share``: requests that gave up, were refused or cut off, of all that arrived; latencies are of the others;
 * ``num_running, num_waiting, batch_tokens, kv_usage``: over the time the engine was at work, as at the start of each
   iteration; idle time does not count. ``concurrency`` is requests in the server over all the window's time;
 * ``output_throughput``: output tokens that became visible, over the window; ``total_token_throughput`` counts each
@@ -107,6 +108,10 @@ class Observations:
         ``first_token, prompt_len, domain`` of requests whose first token appeared in it.
     steps
         Of the table `steps`, those that ended in it.
+    presence
+        `requests` without a window.
+    failed
+        ``prompt_id, domain`` of requests that arrived in it and did not get their whole answer.
     """
 
     window: Window
@@ -118,6 +123,7 @@ class Observations:
     first: pd.DataFrame
     steps: pd.DataFrame
     presence: pd.DataFrame
+    failed: pd.DataFrame
 
     @staticmethod
     def of(trace: Trace, window: Window, objectives: Objectives | None = None) -> Observations:
@@ -141,6 +147,7 @@ class Observations:
         every["good"] = True if objectives is None else objectives.met(every)["all"]
         steps = trace.steps.assign(end=trace.steps["start"] + trace.steps["step_seconds"])
         ends = steps.set_index("step")["end"]
+        arrived = trace.requests[window.holds(trace.requests["arrival"])]
         owners = table[["prompt_id", "domain"]]
 
         def within(rows: pd.DataFrame) -> pd.DataFrame:
@@ -157,6 +164,7 @@ class Observations:
             first=every[window.holds(every["first_token"])],
             steps=steps[window.holds(steps["end"])],
             presence=every,
+            failed=arrived[~arrived["request_id"].isin(every["request_id"])],
         )
 
     def domains(self) -> list[str]:
@@ -167,7 +175,7 @@ class Observations:
         """Those of one domain; iterations are of all domains and are left out."""
         frames = {
             name: getattr(self, name)[getattr(self, name)["domain"] == domain]
-            for name in ("requests", "finished", "chunks", "rounds", "first", "presence")
+            for name in ("requests", "finished", "chunks", "rounds", "first", "presence", "failed")
         }
         return Observations(self.window, self.objectives, steps=self.steps.iloc[:0], **frames)
 
@@ -188,6 +196,9 @@ class Observations:
             known = requests[requests[metric].notna()]
             yield Sample(metric, unit, "request", _floats(known[metric]), known["prompt_id"].to_numpy())
         prompts = chunks["prompt_id"].to_numpy()
+        everyone = np.concatenate((requests["prompt_id"].to_numpy(), self.failed["prompt_id"].to_numpy()))
+        failed = np.arange(everyone.size) >= len(requests)
+        yield Share("failed_share", "fraction", "request", _floats(failed), np.ones(everyone.size), everyone)
         yield Sample("icl", "s", "chunk", _floats(chunks["icl"]), prompts)
         emitted = chunks["num_emitted"].to_numpy(dtype=np.int64)
         yield Sample("itl", "s", "token", inter_token_seconds(chunks), np.repeat(prompts, emitted))
@@ -223,13 +234,15 @@ class Observations:
         own = {domain: slo for domain, slo in self.objectives.domains.items() if domain in here}
         objectives = Objectives(self.objectives.general, own)
         met = objectives.met(self.requests)
-        prompts, ones = self.requests["prompt_id"].to_numpy(), np.ones(len(met))
+        # A request that failed did not meet its objective.
+        prompts = np.concatenate((self.requests["prompt_id"].to_numpy(), self.failed["prompt_id"].to_numpy()))
+        ones, unmet = np.ones(len(prompts)), np.zeros(len(self.failed))
         set_limits = {name for slo in (objectives.general, *own.values()) for name in slo.limits()}
         yield Rate("goodput", "requests/s", _floats(self.finished["good"]), _floats(self.finished["finish"]))
-        yield Share("slo_attainment", "fraction", "request", _floats(met["all"]), ones, prompts)
+        yield Share("slo_attainment", "fraction", "request", np.append(met["all"], unmet), ones, prompts)
         for name in LIMITS:
             if name in set_limits:
-                yield Share(f"slo_attainment_{name}", "fraction", "request", _floats(met[name]), ones, prompts)
+                yield Share(f"slo_attainment_{name}", "fraction", "request", np.append(met[name], unmet), ones, prompts)
 
     def _concurrency(self) -> State:
         """How many requests are in the server, constant from one arrival or finish to the next."""

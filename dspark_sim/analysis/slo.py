@@ -1,10 +1,10 @@
 """Service level objectives: the latencies that a request must keep to count as well served.
 
 A request meets its objective if every limit that is set holds: ``ttft``, ``tpot`` and ``e2e`` at most so many
-seconds. *Attainment* is the share of finished requests that meet theirs, *goodput* how many of them finish per
-second. This is what vLLM's ``bench serve --goodput`` counts (``vllm/benchmarks/serve.py``, `calculate_metrics`): there
-too a request of one output token has no tpot and passes its limit. vLLM's limits are in milliseconds and its name
-for ``e2e`` is ``e2el``; `parse_goodput` reads that form, `parse_slo` reads seconds.
+seconds. *Attainment* is the share of requests that meet theirs (one that failed does not), *goodput* how many of
+those finish per second. This is what vLLM's ``bench serve --goodput`` counts (``vllm/benchmarks/serve.py``,
+`calculate_metrics`): there too a request of one output token has no tpot and passes its limit. vLLM's limits are in
+milliseconds and its name for ``e2e`` is ``e2el``; `parse_goodput` reads that form, `parse_slo` reads seconds.
 
 Classes of requests are their domains: a domain may have limits of its own, which then replace the general ones.
 """

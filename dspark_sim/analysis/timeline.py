@@ -51,7 +51,9 @@ def timeline(
     UserError
         If nothing is left to show.
     """
-    steps, requests = trace.steps, trace.requests
+    steps, requests = trace.steps, trace.requests[trace.requests["finish"].notna()]
+    # One that gave up before its first token was in the queue to the end.
+    requests = requests.assign(first_token=requests["first_token"].fillna(requests["finish"]))
     if window is not None:
         steps = steps[window.holds(steps["start"])]
         requests = requests[(requests["arrival"] <= window.end) & (requests["finish"] >= window.start)]
@@ -59,10 +61,15 @@ def timeline(
         raise UserError("nothing happened in the chosen part of the trace; choose another, or leave it out")
     yield _name("process_name", ENGINE, 0, "engine")
     yield _name("process_name", REQUESTS, 0, "requests")
-    yield _name("thread_name", ENGINE, 1, "iterations")
     steps = steps.sort_values("start", ignore_index=True)
-    yield from _iterations(steps)
-    yield from _counters(steps)
+    # Replicas run side by side: a track and counters each.
+    engines = [part for _, part in steps.groupby("replica")] if "replica" in steps else [steps]
+    steps = pd.concat([part.assign(begin=_nanoseconds(part["start"]), end=_ends(part)) for part in engines])
+    for number, part in enumerate(engines):
+        suffix = f" of replica {number}" if len(engines) > 1 else ""
+        yield _name("thread_name", ENGINE, number + 1, f"iterations{suffix}")
+        yield from _iterations(part, number + 1)
+        yield from _counters(part, suffix)
     requests = requests.sort_values(["arrival", "request_id"], ignore_index=True)
     if tracks == "auto":
         tracks = "request" if len(requests) <= _MOST_TRACKS else "slot"
@@ -102,7 +109,7 @@ def write_timeline(trace: Trace, path: Path | str, **options: Any) -> Path:
     return path
 
 
-def _iterations(steps: pd.DataFrame) -> Iterator[Event]:
+def _iterations(steps: pd.DataFrame, tid: int) -> Iterator[Event]:
     spans = [name for name in SPANS if f"{name}_seconds" in steps]
     starts = _nanoseconds(steps["start"])
     ends = _ends(steps)
@@ -117,16 +124,16 @@ def _iterations(steps: pd.DataFrame) -> Iterator[Event]:
         args: Event = {key: int(value) for key, value in fact.items() if pd.notna(value)}
         if np.isfinite(predictions[row]):
             args["predicted_throughput"] = float(predictions[row])
-        yield _span(f"{name} iteration", ENGINE, 1, starts[row], ends[row], args, "iteration")
+        yield _span(f"{name} iteration", ENGINE, tid, starts[row], ends[row], args, "iteration")
         begin = int(starts[row])
         for column, span in enumerate(spans):
             end = int(bounds[row, column])
             if end > begin:
-                yield _span(span, ENGINE, 1, begin, end, None, "span")
+                yield _span(span, ENGINE, tid, begin, end, None, "span")
             begin = max(begin, end)
 
 
-def _counters(steps: pd.DataFrame) -> Iterator[Event]:
+def _counters(steps: pd.DataFrame, suffix: str) -> Iterator[Event]:
     if steps.empty:
         return
     groups = {
@@ -135,7 +142,8 @@ def _counters(steps: pd.DataFrame) -> Iterator[Event]:
         "KV usage (fraction)": {"used": "kv_usage"},
     }
     starts = _nanoseconds(steps["start"])
-    for name, columns in groups.items():
+    for group, columns in groups.items():
+        name = group + suffix
         values = np.nan_to_num(steps[list(columns.values())].to_numpy(dtype=np.float64))
         for start, row in zip(starts, values.tolist(), strict=True):
             yield {
@@ -151,9 +159,10 @@ def _counters(steps: pd.DataFrame) -> Iterator[Event]:
 
 def _lives(trace: Trace, steps: pd.DataFrame, requests: pd.DataFrame, places: npt.NDArray[np.int64]) -> Iterator[Event]:
     scheduled = scheduled_instants(trace).reindex(requests["request_id"])
+    scheduled = scheduled.fillna(requests.set_index("request_id")["first_token"])
     instants = [requests["arrival"], scheduled, requests["first_token"], requests["finish"]]
     bounds = np.maximum.accumulate(np.stack([_nanoseconds(column) for column in instants], axis=1), axis=1)
-    times = pd.DataFrame({"begin": _nanoseconds(steps["start"]), "end": _ends(steps)}, index=steps["step"].to_numpy())
+    times = steps.set_index("step")[["begin", "end"]]
     rounds = trace.drafts[trace.drafts["step"].isin(times.index)].join(times, on="step")
     by_request = {request_id: part.sort_values("begin") for request_id, part in rounds.groupby("request_id")}
     columns = ("request_id", "prompt_id", "domain", "prompt_len", "output_len", "finish_reason", "num_preemptions")

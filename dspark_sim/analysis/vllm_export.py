@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dspark_sim.analysis.metrics import inter_chunk, per_request
+from dspark_sim.analysis.metrics import finished, inter_chunk, per_request
 from dspark_sim.analysis.slo import Objectives
 from dspark_sim.analysis.window import whole
 from dspark_sim.trace import Trace
@@ -61,10 +61,10 @@ def bench_serve(trace: Trace, objectives: Objectives | None = None, *, detailed:
     num_input, num_output = int(requests["prompt_len"].sum()), int(requests["output_len"].sum())
     peak_tokens, peak_requests = _peaks(trace, requests, chunks)
     result: dict[str, Any] = {
-        **_setup(trace, len(requests)),
+        **_setup(trace, len(trace.requests)),
         "duration": seconds,
         "completed": len(requests),
-        "failed": 0,
+        "failed": len(trace.requests) - len(requests),
         "total_input_tokens": num_input,
         "total_output_tokens": num_output,
         "request_throughput": len(requests) / seconds,
@@ -110,7 +110,7 @@ def per_request_metrics(trace: Trace) -> Iterator[dict[str, Any]]:
     """
     requests = per_request(trace)
     scheduled = scheduled_instants(trace).reindex(requests["request_id"]).to_numpy()
-    first_token = trace.requests.set_index("request_id")["first_token"].reindex(requests["request_id"]).to_numpy()
+    first_token = finished(trace).set_index("request_id")["first_token"].reindex(requests["request_id"]).to_numpy()
     rounds = {request_id: part for request_id, part in trace.drafts.groupby("request_id")}
     limit = _num_spec_tokens(trace)
     rows: list[dict[str, Any]] = requests.to_dict("records")  # type: ignore[assignment]
@@ -143,7 +143,7 @@ def scheduled_instants(trace: Trace) -> pd.Series[Any]:
     The column ``scheduled`` of `requests` where there is one; else the start of the iteration that ended with its
     first token, which is right where a prompt is prefilled in one iteration.
     """
-    requests = trace.requests.set_index("request_id")
+    requests = finished(trace).set_index("request_id")
     if "scheduled" in requests:
         known: pd.Series[Any] = requests["scheduled"]
         return known

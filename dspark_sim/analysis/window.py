@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dspark_sim.analysis.metrics import finished
 from dspark_sim.errors import UserError
 from dspark_sim.trace import Trace
 
@@ -54,7 +55,7 @@ def whole(trace: Trace) -> Window:
     UserError
         If the trace has no finished request.
     """
-    requests = trace.requests
+    requests = finished(trace)
     if requests.empty:
         raise UserError("the trace has no finished request to measure; record or simulate at least one")
     return Window(float(requests["arrival"].min()), float(requests["finish"].max()))
@@ -88,9 +89,10 @@ def steady(trace: Trace) -> Window:
         If all requests arrived before the transient ended, as when they were sent at once.
     """
     run = whole(trace)
-    end = float(trace.requests["arrival"].max())
+    requests = finished(trace)
+    end = float(requests["arrival"].max())
     grid = np.linspace(run.start, max(end, run.start), _POINTS)
-    arrivals, leaves = (np.sort(trace.requests[name].to_numpy()) for name in ("arrival", "finish"))
+    arrivals, leaves = (np.sort(requests[name].to_numpy()) for name in ("arrival", "finish"))
     present = np.searchsorted(arrivals, grid, side="right") - np.searchsorted(leaves, grid, side="right")
     start = float(grid[mser(present.astype(np.float64))])
     if not start < end:
