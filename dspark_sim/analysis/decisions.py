@@ -207,11 +207,11 @@ def check_decisions(
     trace: Trace, *, cost: CostModel | None = None, recording: Trace | None = None, last: int | None = None
 ) -> DecisionsVerdict:
     """Decide every round again and compare with the trace; arguments and errors as for `decisions`."""
-    return verdict(list(decisions(trace, cost=cost, recording=recording, last=last)))
+    return verdict(trace, list(decisions(trace, cost=cost, recording=recording, last=last)), cost)
 
 
-def verdict(made: list[Decision]) -> DecisionsVerdict:
-    """What `check_decisions` says about these decisions."""
+def verdict(trace: Trace, made: list[Decision], cost: CostModel | None = None) -> DecisionsVerdict:
+    """What `check_decisions` says about these decisions, made with this cost table (``None``: the trace's)."""
     wrong = [decision for decision in made if not decision.agrees]
     if not wrong:
         return DecisionsVerdict(True, len(made), None, f"all {len(made)} choices come out as recorded")
@@ -226,9 +226,25 @@ def verdict(made: list[Decision]) -> DecisionsVerdict:
         )
     message = (
         f"{len(wrong)} of {len(made)} choices come out differently; first at step {first.load.step}, where the policy "
-        f"{what}: its cost table, its code or its lag is not what the run had"
+        f"{what}: {_cause(trace, first, cost)}"
     )
     return DecisionsVerdict(False, len(made), first.load.step, message)
+
+
+def _cause(trace: Trace, decision: Decision, cost: CostModel | None) -> str:
+    """What the run had otherwise: its table, if that is known to be another."""
+    cost = cost if cost is not None else cost_of(trace)
+    row = trace.steps[trace.steps["step"] == decision.load.step].iloc[0]
+    recorded = float(row["predicted_step_seconds"])
+    if cost is not None and np.isfinite(recorded):
+        size = (int(row["batch_tokens"]), decision.load.context_tokens, decision.load.num_running, decision.draft_len)
+        ours = cost.round_seconds(*size)
+        if abs(ours - recorded) > 1e-9 * recorded:
+            return (
+                f"the cost table is not the run's, which expected {recorded:.6g} seconds of this round where the table "
+                f"gives {ours:.6g}; give the one it ran with (--cost)"
+            )
+    return "its parameters, its code or its cost table is not what the run had"
 
 
 def signal_values(trace: Trace, signal: Signal, recording: Trace | None, table: pa.Table) -> FloatArray:

@@ -204,7 +204,7 @@ def explain(trace: Trace, step: int, *, cost: CostModel | None = None, recording
         requests["oracle"] = oracle
         kept = np.arange(true.shape[1]) < oracle[:, None]
         facts["oracle_throughput"] = float((len(oracle) + true[kept].sum()) / seconds[int(oracle.sum())])
-    return Explanation(facts, decision.state, requests, candidates, curve, verdict(made), tuple(notes))
+    return Explanation(facts, decision.state, requests, candidates, curve, verdict(trace, made, cost), tuple(notes))
 
 
 def _predicted(row: Any, decision: Decision, seconds: FloatArray | None) -> float:
