@@ -30,6 +30,9 @@ _COMMANDS = {
     "cost": ("cost", "Cost"),
     "simulate": ("replay", "Simulate"),
     "compare": ("replay", "Compare"),
+    "metrics": ("inspection", "Metrics"),
+    "explain": ("inspection", "Explain"),
+    "export-trace": ("inspection", "ExportTrace"),
     "verify": ("whole", "Verify"),
     "evaluate": ("evaluate", "Evaluate"),
     "fit-margin": ("live", "FitMargin"),
@@ -55,6 +58,9 @@ commands:
   cost             show, fit, import, export or estimate what iterations cost
   simulate         replay a recording under another policy, block size or load
   compare          live against simulated, metric by metric
+  metrics          all metrics of a run or of replications, with intervals and objectives
+  explain          what a policy saw and chose at one step, made again from the trace
+  export-trace     write a trace as a vLLM result file or a Perfetto timeline
   verify           check here that speculation changes the speed and not the output
   evaluate         compare drafters: acceptance by domain and position, and speed
   synthesise       let the target write training text

@@ -201,10 +201,15 @@ class PrefixScheduler:
         return "prefix" if self.draft_len is None else f"prefix-{self.draft_len}"
 
 
-def _admit_smoothly(survival: FloatArray, seconds: FloatArray) -> IntArray:
+def never_falling(seconds: FloatArray) -> FloatArray:
+    """The nearest curve that does not fall (least squares): the seconds that `PrefixScheduler` goes by."""
     if (seconds[1:] < seconds[:-1]).any():
-        seconds = np.asarray(isotonic_regression(seconds).x)
-    return admit_prefixes(survival, seconds)
+        return np.asarray(isotonic_regression(seconds).x)
+    return seconds
+
+
+def _admit_smoothly(survival: FloatArray, seconds: FloatArray) -> IntArray:
+    return admit_prefixes(survival, never_falling(seconds))
 
 
 @dataclass(frozen=True)

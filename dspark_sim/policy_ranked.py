@@ -281,6 +281,27 @@ class _TetrisController:
         pass
 
 
+def seen_survival(controller: Controller, load: LoadView, survival: FloatArray) -> FloatArray:
+    """The survivals that the next choice's size is made of, before `verify_lens` is called.
+
+    Parameters
+    ----------
+    controller
+        Any policy's, parked or not.
+    load, survival
+        What `verify_lens` will be given; survival is [R, γ].
+
+    Returns
+    -------
+    array
+        [R, γ]: those of `lag` rounds ago for `LaggedPrefixScheduler`, `survival` itself for all others.
+    """
+    controller = getattr(controller, "inner", controller)
+    if isinstance(controller, _LaggedController) and survival.size:
+        return controller._lagged(load.request_ids, survival.shape[1])
+    return survival
+
+
 def best_count(survival: FloatArray, expected: FloatArray, seconds: FloatArray) -> int:
     """How many ranked pairs give the largest expected throughput; the fewest of equals.
 

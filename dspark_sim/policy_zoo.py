@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args
 
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
@@ -96,3 +97,45 @@ def make_policy(
         raise UserError(f"no policy {name!r}; choose from {', '.join(makers)}")
     policy = makers[name]()
     return Parked(policy, table_for("parking")) if park else policy
+
+
+def policy_from_parameters(parameters: Mapping[str, Any], cost: CostModel | None) -> Policy:
+    """The policy that `policy.parameters` wrote down, as a trace's configuration has it.
+
+    Parameters
+    ----------
+    parameters
+        Its kind and parameters, JSON types.
+    cost
+        Its cost table, which is recorded apart; ``None`` will do for a policy without one.
+
+    Raises
+    ------
+    UserError
+        If the kind is unknown, a parameter is not one of the policy's or out of range, or a cost table is missing.
+    """
+    kinds = {kind.__name__: kind for kind in get_args(Policy)}
+    name = parameters.get("kind")
+    if name not in kinds:
+        raise UserError(f"the trace has policy kind {name!r}; this package knows {', '.join(sorted(kinds))}")
+    kind = kinds[name]
+    known = {field.name: field.type for field in fields(kind)}
+    strange = sorted(set(parameters) - set(known) - {"kind"})
+    if strange:
+        raise UserError(f"policy {name} has no parameter {strange[0]}; the trace was written by another version")
+    values = {key: _tuples(value) for key, value in parameters.items() if key in known}
+    if "inner" in values:
+        values["inner"] = policy_from_parameters(parameters["inner"], cost)
+    if "cost" in known:
+        if cost is None:
+            raise UserError(f"policy {name} chose by a cost table that the trace does not hold; give --cost")
+        values["cost"] = cost
+    try:
+        policy: Policy = kind(**values)
+    except TypeError as error:
+        raise UserError(f"policy {name} cannot be made of the trace's parameters ({error})") from error
+    return policy
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -22,8 +22,9 @@ from dspark_sim.trace import Trace
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("demo", "record", "profile", "simulate", "compare", "verify", "evaluate", "synthesise", "merge-synthesis"),
-    *("train", "learning-curves", "model-card", "fit-margin", "calibrate", "export", "bench"),
+    *("demo", "record", "profile", "simulate", "compare", "metrics", "explain", "export-trace", "verify", "evaluate"),
+    *("synthesise", "merge-synthesis", "train", "learning-curves", "model-card", "fit-margin", "calibrate", "export"),
+    "bench",
 )
 POLICIES = get_args(PolicyName)
 
@@ -85,7 +86,8 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith(f"usage: dspark-sim {command}")
     # These make one file and print no table.
-    assert ("--json" in text) == (command not in ("merge-synthesis", "learning-curves", "model-card", "export"))
+    silent = ("merge-synthesis", "learning-curves", "model-card", "export", "export-trace")
+    assert ("--json" in text) == (command not in silent)
     assert "PATH (default" not in text and "INT (default" not in text and "STR (default" not in text
 
 

@@ -29,6 +29,11 @@ FloatArray = npt.NDArray[np.float64]
 _COUNTS = {"draft_len": "num_drafted", "verify_len": "num_verified", "num_accepted": "num_accepted"}
 
 
+def finished(trace: Trace) -> pd.DataFrame:
+    """The rows of `requests` that got their whole answer; not those that gave up or were refused or cut off."""
+    return trace.requests[trace.requests["finish_reason"].isin(("stop", "length"))]
+
+
 def per_request(trace: Trace) -> pd.DataFrame:
     """One row per finished request, ordered by `request_id`.
 
@@ -49,7 +54,7 @@ def per_request(trace: Trace) -> pd.DataFrame:
     UserError
         If the trace has no finished request.
     """
-    requests = trace.requests
+    requests = finished(trace)
     if requests.empty:
         raise UserError("the trace has no finished request to measure; record or simulate at least one")
     frame = requests[["request_id", "prompt_id", "domain", "arrival", "prompt_len", "output_len"]].copy()
@@ -94,7 +99,7 @@ def summary(trace: Trace) -> pd.Series:
         If the trace has no finished request.
     """
     requests = per_request(trace)
-    makespan = float(trace.requests["finish"].max() - trace.requests["arrival"].min())
+    makespan = float(finished(trace)["finish"].max() - finished(trace)["arrival"].min())
     tokens, rounds = int(requests["output_len"].sum()), int(requests["rounds"].sum())
     drafted, accepted = int(requests["num_drafted"].sum()), int(requests["num_accepted"].sum())
     values: dict[str, float] = {
@@ -136,7 +141,7 @@ def inter_chunk(trace: Trace) -> pd.DataFrame:
     steps = trace.steps
     visible = pd.Series((steps["start"] + steps["step_seconds"]).to_numpy(), index=steps["step"].to_numpy())
     rounds = trace.drafts.loc[trace.drafts["num_emitted"] > 0, ["request_id", "step", "num_emitted"]]
-    rounds = rounds.merge(trace.requests[["request_id", "first_token"]], on="request_id")
+    rounds = rounds.merge(finished(trace)[["request_id", "first_token"]], on="request_id")
     rounds = rounds.sort_values(["request_id", "step"], ignore_index=True)
     end = rounds["step"].map(visible)
     previous = end.groupby(rounds["request_id"]).shift().fillna(rounds["first_token"])

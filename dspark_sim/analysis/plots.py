@@ -15,7 +15,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dspark_sim.errors import explain_os_errors
+from dspark_sim.analysis.decisions import reaction
+from dspark_sim.analysis.explain import Explanation
+from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.trace import Trace
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -120,6 +123,102 @@ def lines_with_intervals(
         axis.set_xticks(sorted(frame[x].unique()))
         axis.grid(alpha=0.3)
     _legend(figure, axes[0][0])
+    return caption(figure, note)
+
+
+def policy_decision(explanation: Explanation, note: str = "", most_requests: int = 40) -> Figure:
+    """One round's Θ curve with what was chosen and what is largest, and each request's drafts and their fate.
+
+    Parameters
+    ----------
+    explanation
+        Of `explain.explain`.
+    note
+        Caption.
+    most_requests
+        Show the first so many requests of the batch.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    facts, curve = explanation.facts, explanation.curve
+    if len(curve):
+        admitted, throughput = curve["num_admitted"], curve["throughput"]
+        left.plot(admitted, throughput, color=PALETTE[0], label="Θ by this round's survivals")
+        if curve["seen_throughput"].notna().any():
+            left.plot(admitted, curve["seen_throughput"], color=PALETTE[1], ls="--", label="Θ that set the number")
+        chosen = facts["num_verified"]
+        left.plot(chosen, throughput[chosen], "o", color=PALETTE[6], label=f"verified: {chosen}")
+        best = int(throughput.argmax())
+        left.plot(best, throughput[best], "*", color=PALETTE[2], markersize=11, label=f"largest: {best}")
+    if "oracle" in explanation.requests:
+        oracle = int(explanation.requests["oracle"].sum())
+        left.axvline(oracle, color=PALETTE[3], ls=":", label=f"oracle: {oracle}")
+    left.set_xlabel("drafts verified in the round (tokens)")
+    left.set_ylabel("expected throughput Θ (tokens per second)")
+    left.grid(alpha=0.3)
+    if left.get_legend_handles_labels()[0]:
+        left.legend(frameon=False, fontsize=8)
+    requests = explanation.requests.head(most_requests)
+    accepted, verified = requests["num_accepted"], requests["verify_len"]
+    names = requests["request_id"].astype(str)
+    bars = (
+        ("accepted", 0, accepted, PALETTE[2]),
+        ("verified, not kept", accepted, verified - accepted, PALETTE[1]),
+        ("not verified", verified, requests["draft_len"] - verified, "#DDDDDD"),
+    )
+    for label, bottom, height, color in bars:
+        right.bar(names, height, bottom=bottom, color=color, label=label)
+    right.set_xlabel("request" + ("" if len(requests) == len(explanation.requests) else f" (first {most_requests})"))
+    right.set_ylabel("drafted tokens")
+    right.tick_params(axis="x", labelrotation=90 if len(requests) > 12 else 0, labelsize=8)
+    right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3)
+    load = f"{facts['num_running']} running, {facts['num_waiting']} waiting"
+    figure.suptitle(f"step {facts['step']}, policy {facts['policy']}: {load}", fontsize=10)
+    return caption(figure, f"{note}\n{explanation.check.message}".strip())
+
+
+def policy_reaction(trace: Trace, note: str = "", start: float | None = None, end: float | None = None) -> Figure:
+    """How a policy follows the load: requests, verified drafts per request, and throughput over time.
+
+    Parameters
+    ----------
+    trace
+        A live or simulated run; its rounds are those of `decisions.reaction`.
+    note
+        Caption.
+    start, end
+        Seconds of the run to show; ``None`` shows from its start or to its end.
+
+    Raises
+    ------
+    UserError
+        If there is no decode round between `start` and `end`.
+    """
+    frame = reaction(trace)
+    low, high = frame["start"].min() if start is None else start, frame["start"].max() if end is None else end
+    frame = frame[(frame["start"] >= low) & (frame["start"] <= high)]
+    if frame.empty:
+        raise UserError(f"no decode round begins between {low:.6g} and {high:.6g} seconds; show another part")
+    figure, axes = plt.subplots(3, 1, figsize=(8.5, 7.0), sharex=True)
+    time = frame["start"]
+    panels = (
+        ("requests", (("num_running", "running"), ("num_waiting", "waiting"))),
+        ("tokens per request", (("mean_verify_len", "verified drafts, mean"), ("draft_len", "drafts asked for"))),
+        (
+            "tokens per second",
+            (("smoothed_throughput", "realised, 15 rounds"), ("predicted_throughput", "predicted (Θ)")),
+        ),
+    )
+    axes[2].plot(time, frame["realised_throughput"], ".", color="#BBBBBB", markersize=3, label="realised, each round")
+    for axis, (label, columns) in zip(axes, panels, strict=True):
+        for color, (column, name) in zip(PALETTE, columns, strict=False):
+            if frame[column].notna().any():
+                axis.step(time, frame[column], where="post", color=color, linewidth=1.1, label=name)
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes[2].set_xlabel("time since the start of the run (seconds)")
+    axes[0].set_title(f"policy {trace.config.get('policy', 'unknown')}", fontsize=10)
     return caption(figure, note)
 
 
