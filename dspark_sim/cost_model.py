@@ -28,8 +28,8 @@ HARDWARE_KEYS = ("device", "model", "dtype", "num_threads")
 class IterationSeconds(Protocol):
     """What a simulator asks of a cost: the seconds of every part, in the order in which an iteration spends them."""
 
-    def prefill_seconds(self, num_tokens: int) -> float:
-        """Target pass over prompt tokens."""
+    def prefill_seconds(self, num_tokens: int, context_tokens: int = 0, num_requests: int = 1) -> float:
+        """Target pass over prompt tokens of some requests, behind what earlier chunks have put into the KV cache."""
         ...
 
     def prefill_host_seconds(self, num_requests: int) -> float:

@@ -145,6 +145,30 @@ class Executor(Protocol):
         ...
 
 
+def require_runnable(policy: SpeculationPolicy, mode: Mode, has_confidence: bool, allow_biased: bool) -> bool:
+    """Whether a policy biases the output under a mode of acceptance; refused unless that is allowed.
+
+    Raises
+    ------
+    UserError
+        If it would and is not allowed to, or needs confidences that the drafter does not give.
+    """
+    # True acceptance probabilities exist in replays alone, as an upper bound; nothing is emitted by them.
+    peeks = policy.information == "sampled_token" and policy.signal != "accept_prob"
+    biased = peeks and mode in ("rejection", "block")
+    if biased and not allow_biased:
+        raise UserError(
+            f"policy {policy.label()} looks at sampled tokens, which biases the output under mode {mode}; "
+            "use greedy, coupled or target_match, or --allow-biased for a negative control"
+        )
+    if policy.needs_confidence and not has_confidence:
+        raise UserError(
+            f"policy {policy.label()} needs confidence estimates and this drafter gives none; "
+            "use a drafter with a confidence head, --confidence top1, or a fixed policy"
+        )
+    return biased
+
+
 class DecodeLoop:
     """One server: a scheduler, an executor and a policy.
 
@@ -175,19 +199,7 @@ class DecodeLoop:
         *,
         allow_biased: bool = False,
     ) -> None:
-        # True acceptance probabilities exist in replays alone, as an upper bound; nothing is emitted by them.
-        peeks = policy.information == "sampled_token" and policy.signal != "accept_prob"
-        self.biased = peeks and executor.mode in ("rejection", "block")
-        if self.biased and not allow_biased:
-            raise UserError(
-                f"policy {policy.label()} looks at sampled tokens, which biases the output under mode {executor.mode}; "
-                "use greedy, coupled or target_match, or --allow-biased for a negative control"
-            )
-        if policy.needs_confidence and not executor.has_confidence:
-            raise UserError(
-                f"policy {policy.label()} needs confidence estimates and this drafter gives none; "
-                "use a drafter with a confidence head, --confidence top1, or a fixed policy"
-            )
+        self.biased = require_runnable(policy, executor.mode, executor.has_confidence, allow_biased)
         self.executor = executor
         self.scheduler = scheduler
         self.controller = policy.start()
@@ -322,8 +334,13 @@ class DecodeLoop:
         if self.cost is None or survival is None:
             return np.nan, np.nan
         seconds = self.cost.round_seconds(batch_tokens, load.context_tokens, load.num_running, draft_len)
-        admitted = np.arange(survival.shape[1]) < verify_lens[:, None]
-        return seconds, (load.num_running + float(survival[admitted].sum())) / seconds
+        admitted = float(np.add.reduce(admitted_survival(survival)[np.arange(len(survival)), verify_lens]))
+        return seconds, (load.num_running + admitted) / seconds
+
+
+def admitted_survival(survival: FloatArray) -> FloatArray:
+    """Expected accepted drafts [R, γ + 1] of a round that verifies the first 0, 1, .. γ of survivals [R, γ]."""
+    return np.concatenate((np.zeros((len(survival), 1)), np.cumsum(survival, axis=1)), axis=1)
 
 
 def survival_of(drafts: DraftBatch, signal: Signal = "confidence") -> FloatArray:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import nan
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort", "refused"]
+"""``abort``: its user gave up. ``refused``: it is longer than the server can hold. Only the others have an answer."""
 
 
 @dataclass(slots=True, eq=False)

@@ -29,6 +29,9 @@ class SchedulerConfig:
         Size of the KV cache: `num_pages` pages of `page_size` tokens.
     max_model_len
         Longest sequence (prompt, output and a block of drafts) the engine can hold, in tokens.
+    enable_chunked_prefill
+        Read prompts beside decode rounds, as many tokens of them as `max_num_batched_tokens` leaves; only the simulator
+        can.
     """
 
     max_num_seqs: int = 16
@@ -36,12 +39,23 @@ class SchedulerConfig:
     num_pages: int = 2048
     page_size: int = 16
     max_model_len: int = 2048
+    enable_chunked_prefill: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size", "max_model_len"):
             value = getattr(self, name)
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest sequence that can ever run."""
+        return min(self.max_model_len, self.num_pages * self.page_size)
+
+
+def longest_sequence(request: Request, reserve: int) -> int:
+    """Positions that a request may come to need, `reserve` of them for its anchor and drafts."""
+    return request.prompt_len + request.max_tokens + reserve - 1
 
 
 @dataclass(slots=True)
@@ -65,6 +79,10 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, block_size: int) -> None:
+        if config.enable_chunked_prefill:
+            raise UserError(
+                "enable_chunked_prefill is set and the live engine reads whole prompts; simulate it instead"
+            )
         self.config = config
         self.reserve = 1 + block_size
         self.waiting: deque[Request] = deque()
@@ -85,8 +103,7 @@ class Scheduler:
         UserError
             If it is longer than the model's context or than the whole cache.
         """
-        longest = request.prompt_len + request.max_tokens + self.reserve - 1
-        limit = min(self.config.max_model_len, self.config.num_pages * self.config.page_size)
+        longest, limit = longest_sequence(request, self.reserve), self.config.longest
         if longest > limit:
             raise UserError(
                 f"prompt {request.prompt_id} needs {longest} positions ({request.prompt_len} prompt, "

@@ -45,7 +45,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "steps": pa.schema(
         {
             **dict.fromkeys(("step", "num_running", "num_waiting", "num_prefill_tokens", "draft_len"), _int),
-            **dict.fromkeys(("batch_tokens", "padded_tokens", "context_tokens"), _int),
+            **dict.fromkeys(("batch_tokens", "padded_tokens", "context_tokens", "replica"), _int),
             **dict.fromkeys(("start", "kv_usage", *(f"{span}_seconds" for span in SPANS)), _float),
             **dict.fromkeys(("step_seconds", "predicted_step_seconds", "predicted_throughput"), _float),
         }
@@ -84,6 +84,7 @@ class StepRow:
     step_seconds: float
     predicted_step_seconds: float
     predicted_throughput: float
+    replica: int = 0
 
 
 @dataclass(slots=True)
@@ -212,6 +213,10 @@ class Trace:
                     raise UserError(f"{path} is truncated or not Parquet ({reason}); record it again") from error
             metadata = table.schema.metadata or {}
             _check_version(path, metadata)
+            if name == "steps" and "replica" not in table.schema.names:
+                # Written before there were replicas.
+                place = schema.get_field_index("replica")
+                table = table.add_column(place, schema.field(place), pa.array([0] * table.num_rows, pa.int64()))
             if table.schema.names != schema.names:
                 strange = sorted(set(table.schema.names) ^ set(schema.names))
                 raise UserError(f"{path} has the wrong columns ({', '.join(strange)}); record it again")

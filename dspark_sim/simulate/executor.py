@@ -18,6 +18,31 @@ from dspark_sim.request import Request
 from dspark_sim.simulate.acceptance import RecordedAnchors
 
 
+def look_up(anchors: RecordedAnchors, request: Request) -> tuple[int, int, int, int, int]:
+    """First row, output length, whether it stops (0 or 1), most tokens, and prompt length of a request.
+
+    Raises
+    ------
+    UserError
+        If its prompt was not recorded, or its output is recorded shorter than the request may become.
+    """
+    key = request.prompt_id
+    if anchors.mode != "greedy":
+        key = anchors.request_prompts[request.request_id % len(anchors.request_prompts)]
+    prompt = anchors.prompts.get(key)
+    if prompt is None:
+        raise UserError(
+            f"prompt {request.prompt_id} was not recorded; choose one of the {len(anchors.prompts)} recorded prompts"
+        )
+    if prompt.finish_reason == "length" and request.max_tokens > prompt.output_len:
+        raise UserError(
+            f"request {request.request_id} may give {request.max_tokens} tokens but the output of prompt "
+            f"{request.prompt_id} was recorded only up to {prompt.output_len}; lower max_tokens or record longer"
+        )
+    stops = int(prompt.finish_reason == "stop")
+    return prompt.first_row, prompt.output_len, stops, request.max_tokens, request.prompt_len
+
+
 @dataclass(slots=True)
 class _Round:
     """A batch of R requests at the start of a round; arrays are [R]."""
@@ -91,7 +116,7 @@ class ReplayExecutor:
         self._last_was_prefill = True
         stopped = np.zeros(len(requests), dtype=np.bool_)
         for index, request in enumerate(requests):
-            _, output_len, stops, _, _ = self._facts[request.request_id] = self._look_up(request)
+            _, output_len, stops, _, _ = self._facts[request.request_id] = look_up(self.anchors, request)
             stopped[index] = request.num_generated == 0 and output_len == 1 and stops
         num_tokens = sum(request.prefill_len for request in requests)
         return Prefilled(stopped, {"prefill": self.cost.prefill_seconds(num_tokens)})
@@ -129,25 +154,6 @@ class ReplayExecutor:
     def release(self, request: Request) -> None:
         """Forget a request that finished or was preempted."""
         self._facts.pop(request.request_id, None)
-
-    def _look_up(self, request: Request) -> tuple[int, int, int, int, int]:
-        """First row, output length, whether it stops, most tokens, and prompt length of a request."""
-        key = request.prompt_id
-        if self.anchors.mode != "greedy":
-            key = self.anchors.request_prompts[request.request_id % len(self.anchors.request_prompts)]
-        prompt = self.anchors.prompts.get(key)
-        if prompt is None:
-            raise UserError(
-                f"prompt {request.prompt_id} was not recorded; choose one of the "
-                f"{len(self.anchors.prompts)} recorded prompts"
-            )
-        if prompt.finish_reason == "length" and request.max_tokens > prompt.output_len:
-            raise UserError(
-                f"request {request.request_id} may give {request.max_tokens} tokens but the output of prompt "
-                f"{request.prompt_id} was recorded only up to {prompt.output_len}; lower max_tokens or record longer"
-            )
-        stops = int(prompt.finish_reason == "stop")
-        return prompt.first_row, prompt.output_len, stops, request.max_tokens, request.prompt_len
 
     def _round(self, requests: Sequence[Request]) -> _Round:
         request_ids = [request.request_id for request in requests]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Literal
 
 import simpy
 from tqdm import tqdm
@@ -18,19 +18,24 @@ from tqdm import tqdm
 from dspark_sim.cost import CostModel
 from dspark_sim.cost_noise import Noisy
 from dspark_sim.errors import UserError
-from dspark_sim.loop import DecodeLoop
+from dspark_sim.mixes import DomainMix, assign_prompts
 from dspark_sim.policy import SpeculationPolicy, parameters
 from dspark_sim.policy_ranked import LaggedPrefixScheduler
 from dspark_sim.provenance import provenance
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.simulate.acceptance import RecordedAnchors
-from dspark_sim.simulate.executor import ReplayExecutor
-from dspark_sim.simulate.processes import Server, source, user
+from dspark_sim.simulate.array_loop import ArrayLoop
+from dspark_sim.simulate.array_recorder import ArrayRecorder, Detail, trace_of
+from dspark_sim.simulate.block_tables import BlockTables
+from dspark_sim.simulate.processes import LeastOutstandingTokens, RoundRobin, Server, source, user
 from dspark_sim.simulate.synthetic import SyntheticAcceptance
 from dspark_sim.simulate.synthetic_anchors import as_anchors
-from dspark_sim.trace import Trace, TraceRecorder
+from dspark_sim.trace import Trace
 from dspark_sim.workload import ClosedLoop, Workload
+
+RouterName = Literal["round_robin", "least_outstanding_tokens"]
+_NOISE_STRIDE = 1_000_003
 
 
 def simulate(
@@ -44,6 +49,11 @@ def simulate(
     scheduler: SchedulerConfig | None = None,
     allow_biased: bool = False,
     noise_seed: int | None = None,
+    mix: DomainMix | None = None,
+    num_replicas: int = 1,
+    router: RouterName = "round_robin",
+    load_lag: int = 0,
+    detail: Detail = "rounds",
     seed: int = 0,
     progress: bool = False,
 ) -> Trace:
@@ -73,6 +83,17 @@ def simulate(
     noise_seed
         Let iterations scatter as the profiled ones did, by residuals drawn under this seed; ``None`` gives each its
         mean seconds.
+    mix
+        Shares of domains, which may drift; ``None`` takes the recorded requests in their order.
+    num_replicas
+        Servers behind a router, each with these limits and its own policy.
+    router
+        ``round_robin``, or ``least_outstanding_tokens``: the server that owes the fewest tokens.
+    load_lag
+        Iterations by which the load that the policy sees is old.
+    detail
+        What the trace holds: ``rounds`` everything, ``steps`` no table `drafts`, ``requests`` only requests. Long runs
+        need less memory with less.
     seed
         Added to the seed of the workload, which keys arrivals and think times; 0 leaves it. Also the seed of a law's
         luck.
@@ -88,62 +109,99 @@ def simulate(
     ------
     UserError
         If there is nothing to replay, the block size is above the recorded one, the policy needs confidences that
-        were not recorded, or a request does not fit the server.
+        were not recorded, or no request fits the server (one among others is refused: its `finish_reason` says so).
     """
-    anchors = as_anchors(recorded, num_requests, seed)
-    executor = ReplayExecutor(anchors, cost if noise_seed is None else Noisy(cost, noise_seed), block_size)
-    requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests)
-    limits = scheduler or _ample(requests, workload, executor.block_size)
-    recorder = TraceRecorder("virtual")
-    loop = DecodeLoop(
-        executor, Scheduler(limits, executor.block_size), policy, recorder, cost, allow_biased=allow_biased
-    )
+    whole = as_anchors(recorded, num_requests, seed)
+    anchors = whole if block_size is None else whole.restricted(block_size)
+    if num_replicas < 1:
+        raise UserError(f"num_replicas is {num_replicas}; give at least 1")
     workload = workload.reseeded(seed)
+    requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests, workload, mix)
+    limits = scheduler or _ample(requests, workload, anchors.block_size)
+    recorders = [ArrayRecorder(detail) for _ in range(num_replicas)]
+    tables = BlockTables.of(anchors, policy)
+    loops = [
+        ArrayLoop(
+            anchors,
+            cost if noise_seed is None else Noisy(cost, noise_seed + number * _NOISE_STRIDE),
+            limits,
+            policy,
+            recorder,
+            allow_biased=allow_biased,
+            load_lag=load_lag,
+            tables=tables,
+        )
+        for number, recorder in enumerate(recorders)
+    ]
     with tqdm(total=len(requests), desc=policy.label(), unit="req", disable=not progress) as bar:
-        _run(loop, requests, workload, bar)
+        _run(loops, router, requests, workload, bar)
+    if all(request.finish_reason == "refused" for request in requests):
+        # The plain scheduler says why, in one sentence.
+        Scheduler(replace(limits, enable_chunked_prefill=False), anchors.block_size).check(requests[0])
     config = {
         "source": "simulate",
         "mode": anchors.mode,
-        "biased": loop.biased,
+        "biased": loops[0].biased,
         # Under rejection sampling a lagged budget sees drafts that a recording can only draw anew.
         "approximate": anchors.mode == "rejection" and _is_lagged(policy),
         "policy": policy.label(),
         "policy_parameters": parameters(policy),
         "workload": workload.describe(),
+        "mix": None if mix is None else mix.describe(),
         "num_requests": len(requests),
-        "block_size": executor.block_size,
-        "has_confidence": executor.has_confidence,
+        "block_size": anchors.block_size,
+        "has_confidence": anchors.has_confidence,
         "scheduler": asdict(limits),
-        "acceptance_source": anchors.acceptance_source,
+        "num_replicas": num_replicas,
+        "router": router,
+        "load_lag": load_lag,
+        "acceptance_source": whole.acceptance_source,
         "cost": cost.to_json(),
         "noise_seed": noise_seed,
         "seed": seed,
     }
     # As it will be read back: lists, not tuples.
-    return recorder.trace(json.loads(json.dumps(config)), provenance(seed=seed))
+    config = json.loads(json.dumps(config))
+    return trace_of(recorders, anchors, policy, cost, limits.num_pages, config, provenance(seed=seed))
 
 
 def _is_lagged(policy: SpeculationPolicy) -> bool:
     return isinstance(getattr(policy, "inner", policy), LaggedPrefixScheduler)
 
 
-def _run(loop: DecodeLoop, requests: list[Request], workload: Workload, bar: tqdm[Any]) -> None:
+def _run(
+    loops: list[ArrayLoop], router: RouterName, requests: list[Request], workload: Workload, bar: tqdm[Any]
+) -> None:
     env = simpy.Environment()
-    server = Server(env, loop, on_finish=lambda request: bar.update())
+    servers = [Server(env, loop, on_finish=lambda request: bar.update()) for loop in loops]
+    route = RoundRobin(servers) if router == "round_robin" else LeastOutstandingTokens(servers)
+    timeout = workload.timeout_seconds
     if isinstance(workload, ClosedLoop):
         shared: Iterator[Request] = iter(requests)
         think_times = workload.think_times(len(requests)).tolist()
         for _ in range(min(workload.num_users, len(requests))):
-            env.process(user(env, server, shared, think_times))
+            env.process(user(env, route, shared, think_times, timeout))
     else:
-        env.process(source(env, server, requests, workload.arrivals(len(requests)).tolist()))
+        env.process(source(env, route, requests, workload.arrivals(len(requests)).tolist(), timeout))
     env.run()
 
 
-def _requests(anchors: RecordedAnchors, num_requests: int) -> list[Request]:
+def _requests(anchors: RecordedAnchors, num_requests: int, workload: Workload, mix: DomainMix | None) -> list[Request]:
     if num_requests < 1:
         raise UserError(f"num_requests is {num_requests}; simulate at least 1 request")
-    names = islice(cycle(anchors.request_prompts), num_requests)
+    if mix is None:
+        names = islice(cycle(anchors.request_prompts), num_requests)
+    else:
+        if anchors.mode != "greedy":
+            raise UserError(
+                f"a mix of domains needs outputs that belong to prompts, and under mode {anchors.mode} every request "
+                "has its own; replay a recording at temperature 0"
+            )
+        keys = list(anchors.prompts)
+        arrivals = None if isinstance(workload, ClosedLoop) else workload.arrivals(num_requests)
+        domains = [anchors.prompts[key].domain for key in keys]
+        places = assign_prompts(mix, num_requests, domains, arrivals=arrivals).tolist()
+        names = islice((keys[place] for place in places), None)
     prompts = [anchors.prompts[name] for name in names]
     return [
         Request(request_id, prompt.prompt_id, prompt.domain, prompt.prompt_len, prompt.max_tokens)

@@ -1,0 +1,445 @@
+"""The decode loop of the simulator: `loop.DecodeLoop` on recorded anchors, with the batch kept as arrays.
+
+The plain loop asks every running request for its counts in every iteration; here the counts are columns of one array
+that an iteration moves on at once. Decisions are the same ones: a policy's controller is the live engine's own, and
+`tests/test_array_loop.py` runs both loops on random servers and compares whole traces. What only a simulator offers
+is here alone: chunked prefill, requests that are given up or refused, a load that policies see late.
+
+An iteration is schedule, draft, choose, verify, commit, as in the plain loop. Lengths and counts are in tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_sim.cost import IterationSeconds
+from dspark_sim.errors import UserError
+from dspark_sim.loop import require_runnable
+from dspark_sim.policy import LoadView, SpeculationPolicy
+from dspark_sim.request import Request
+from dspark_sim.scheduler import SchedulerConfig, longest_sequence
+from dspark_sim.simulate.acceptance import RecordedAnchors
+from dspark_sim.simulate.array_recorder import ArrayRecorder, Rounds
+from dspark_sim.simulate.block_tables import BlockTables
+from dspark_sim.simulate.executor import look_up
+
+IntArray = npt.NDArray[np.int64]
+
+# Columns of the batch. All of them move by the tokens emitted, the first three down and the others up.
+_HEADROOM = 0  # places in a request's pages behind its context, its anchor and a whole block of drafts
+_LEFT = 1  # output tokens until it ends
+_ROOM = 2  # drafts that fit before its longest output
+_ROW = 3  # row of its anchor in the tables
+_POSITION = 4  # absolute position of its anchor
+_MOVES = np.array([[-1], [-1], [-1], [1], [1]])
+
+
+@dataclass(slots=True, eq=False)
+class _Prefill:
+    """A running request whose prompt is not yet whole in the cache."""
+
+    request: Request
+    pages: int
+    done: int = 0
+
+
+class ArrayLoop:
+    """One simulated server.
+
+    Parameters
+    ----------
+    anchors
+        Recorded blocks and outputs, cut to the block size of the run.
+    cost
+        Seconds of prefill, draft, verify and host.
+    config
+        The server's limits.
+    policy
+        Chooses how many drafts are verified; started here.
+    recorder
+        Collects the trace.
+    allow_biased
+        Run a policy that would bias the live output, as a negative control.
+    load_lag
+        Iterations by which the load that the policy sees is old: running and waiting requests, context tokens.
+    tables
+        Of `anchors`, to share them between servers.
+
+    Raises
+    ------
+    UserError
+        If the policy needs confidences or a signal that were not recorded, or would bias the output.
+    """
+
+    def __init__(
+        self,
+        anchors: RecordedAnchors,
+        cost: IterationSeconds,
+        config: SchedulerConfig,
+        policy: SpeculationPolicy,
+        recorder: ArrayRecorder,
+        *,
+        allow_biased: bool = False,
+        load_lag: int = 0,
+        tables: BlockTables | None = None,
+    ) -> None:
+        self.biased = require_runnable(policy, anchors.mode, anchors.has_confidence, allow_biased)
+        if load_lag < 0:
+            raise UserError(f"load_lag is {load_lag}; give 0 (the load of now) or more iterations")
+        self.anchors, self.cost, self.config, self.recorder = anchors, cost, config, recorder
+        self.controller = policy.start()
+        self.tables = tables or BlockTables.of(anchors, policy)
+        self.block_size = anchors.block_size
+        self.reserve = 1 + self.block_size
+        self.waiting: deque[Request] = deque()
+        self.finished: list[Request] = []
+        self.free_pages = config.num_pages
+        self.num_steps = 0
+        # By the contract of policies their choice does not depend on what is passed for survival then.
+        self._looks = policy.information != "history"
+        self._prefilling: deque[_Prefill] = deque()
+        self._given_up: list[tuple[Request, float]] = []
+        self._views: deque[LoadView] = deque(maxlen=load_lag + 1)
+        self._requests: list[Request] = []
+        self._ids: tuple[int, ...] = ()
+        self._context_tokens = 0
+        self._state = np.zeros((len(_MOVES), 16), dtype=np.int64)
+        self._moved = np.zeros_like(self._state)
+        self._pages = np.zeros(16, dtype=np.int64)
+        self._join(())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether an iteration would do anything."""
+        return bool(self._requests or self.waiting or self._prefilling or self._given_up)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch, those whose prompts are being read among them."""
+        return len(self._requests) + len(self._prefilling)
+
+    @property
+    def kv_usage(self) -> float:
+        """Fraction of the pages in use."""
+        return 1.0 - self.free_pages / self.config.num_pages
+
+    def submit(self, request: Request) -> bool:
+        """Queue a request; its `arrival` must be set.
+
+        Returns
+        -------
+        bool
+            False if it can never run, because it is longer than the context or than the whole cache: it is then
+            finished at once with reason ``refused``.
+        """
+        look_up(self.anchors, request)
+        if longest_sequence(request, self.reserve) > self.config.longest:
+            request.finish_reason, request.finish = "refused", request.arrival
+            self.finished.append(request)
+            self.recorder.finish(request)
+            return False
+        self.waiting.append(request)
+        return True
+
+    def give_up(self, request: Request, now: float) -> None:
+        """Its user does not wait any longer: it leaves before the next iteration.
+
+        If the present iteration is its last, its user is gone when the answer comes.
+        """
+        if request.is_finished:
+            request.finish_reason, request.finish = "abort", now
+        else:
+            self._given_up.append((request, now))
+
+    def step(self, now: float) -> float:
+        """Run one iteration that starts at time `now`; returns the seconds it takes.
+
+        Requests it finished are appended to `finished`.
+
+        Raises
+        ------
+        UserError
+            If the KV cache cannot hold one waiting request.
+        """
+        if self._given_up:
+            self._abort()
+            if not self.has_work:
+                return 0.0
+        if self.config.enable_chunked_prefill:
+            return self._mixed(now)
+        admitted = self._admit()
+        return self._prefill(admitted, now) if admitted else self._mixed(now)
+
+    def _mixed(self, now: float) -> float:
+        """A decode round of all requests that can, beside which prompts are read as far as the budget goes."""
+        self._grow()
+        num = len(self._requests)
+        load = self._load()
+        draft_len = min(self.controller.draft_len(load), self.block_size) if num else 0
+        chunks = self._chunks(num * (1 + draft_len)) if self.config.enable_chunked_prefill else []
+        if not num and not chunks:
+            raise UserError("the KV cache is too small to hold one waiting request; raise num_pages")
+        num_prefill_tokens = sum(size for _, size in chunks)
+        num_running, num_waiting = self.num_running, len(self.waiting)
+        if num:
+            state, rows = self._state[:, :num], self._state[_ROW, :num]
+            drafted = np.minimum(state[_ROOM], self.tables.draft_lens(rows, draft_len))
+            survival = (
+                self.tables.survival(rows, draft_len, drafted) if self._looks else self.tables.blank(num, draft_len)
+            )
+            verify = np.minimum(self.controller.verify_lens(load, survival), drafted)
+            accepted = np.minimum(verify, self.tables.num_accepted.take(rows))
+            emitted = np.minimum(accepted + 1, state[_LEFT])
+            self.controller.observe(load, verify, accepted)
+            batch_tokens = num + int(np.add.reduce(verify)) + num_prefill_tokens
+            context = self._context_tokens + sum(chunk.done for chunk, _ in chunks)
+            draft_seconds = self.cost.draft_seconds(num, draft_len, self._context_tokens) if draft_len else 0.0
+            spent = self.cost.step_seconds(batch_tokens, context, num + len(chunks))
+            measured = draft_seconds + spent
+            seconds = measured + self.cost.host_seconds(num + len(chunks))
+            spans = (0.0, draft_seconds, spent)
+            self.recorder.rounds(Rounds(self._ids, rows.copy(), state[_POSITION].copy(), drafted, verify, emitted))
+        else:
+            batch_tokens, context = num_prefill_tokens, 0
+            measured = self.cost.prefill_seconds(
+                num_prefill_tokens, sum(chunk.done for chunk, _ in chunks), len(chunks)
+            )
+            seconds = measured + self.cost.prefill_host_seconds(len(chunks))
+            spans = (measured, 0.0, 0.0)
+        self.recorder.step(
+            (now, num_running, num_waiting, num_prefill_tokens, draft_len, batch_tokens, context, self.free_pages),
+            (*spans, seconds - measured, seconds),
+            num,
+        )
+        self.num_steps += 1
+        if num:
+            self._commit(emitted, now + seconds)
+        if chunks:
+            self._read(chunks, now + seconds)
+        return seconds
+
+    def _load(self) -> LoadView:
+        view = LoadView(
+            self.num_steps,
+            len(self._requests),
+            len(self.waiting),
+            self._context_tokens,
+            self.block_size,
+            self._ids,
+        )
+        if self._views.maxlen == 1:
+            return view
+        self._views.append(view)
+        then = self._views[0]
+        return replace(
+            view, num_running=then.num_running, num_waiting=then.num_waiting, context_tokens=then.context_tokens
+        )
+
+    def _commit(self, emitted: IntArray, now: float) -> None:
+        num = len(self._requests)
+        state, moved = self._state[:, :num], self._moved[:, :num]
+        np.multiply(_MOVES, emitted, out=moved)
+        np.add(state, moved, out=state)
+        self._context_tokens += int(np.add.reduce(emitted))
+        if not np.minimum.reduce(state[_LEFT]):
+            self._leave(np.flatnonzero(state[_LEFT] == 0), now)
+
+    def _leave(self, places: IntArray, now: float) -> None:
+        """Take finished requests out of the batch and free their pages."""
+        for place in places.tolist():
+            request = self._requests[place]
+            request.num_generated = int(self._state[_POSITION, place]) - request.prompt_len + 1
+            _, output_len, stops, _, _ = look_up(self.anchors, request)
+            request.finish_reason = "stop" if stops and request.num_generated == output_len else "length"
+            request.finish = now
+            self._close(request)
+        self.free_pages += int(self._pages[places].sum())
+        self._drop(places)
+
+    def _close(self, request: Request) -> None:
+        self.finished.append(request)
+        self.recorder.finish(request)
+
+    def _drop(self, places: IntArray) -> None:
+        keep = np.ones(len(self._requests), dtype=np.bool_)
+        keep[places] = False
+        num = int(keep.sum())
+        before = len(self._requests)
+        self._state[:, :num] = self._state[:, :before][:, keep]
+        self._pages[:num] = self._pages[:before][keep]
+        self._requests = [request for request, kept in zip(self._requests, keep.tolist(), strict=True) if kept]
+        self._join(())
+
+    def _join(self, new: Sequence[tuple[Request, int]]) -> None:
+        """Put requests with their pages behind the batch, and count it anew."""
+        before = len(self._requests)
+        num = before + len(new)
+        if num > self._pages.size:
+            wider = max(num, 2 * self._pages.size)
+            self._state = np.pad(self._state, ((0, 0), (0, wider - self._pages.size)))
+            self._moved = np.zeros_like(self._state)
+            self._pages = np.pad(self._pages, (0, wider - self._pages.size))
+        for place, (request, pages) in enumerate(new, before):
+            first_row, output_len, _, max_tokens, prompt_len = look_up(self.anchors, request)
+            done = request.num_generated
+            self._state[:, place] = (
+                pages * self.config.page_size - request.context_len - self.reserve,
+                min(output_len, max_tokens) - done,
+                max_tokens - done - 1,
+                first_row + done - 1,
+                prompt_len + done - 1,
+            )
+            self._pages[place] = pages
+            self._requests.append(request)
+        self._ids = tuple(request.request_id for request in self._requests)
+        self._context_tokens = int(self._state[_POSITION, :num].sum())
+
+    def _pages_for(self, request: Request) -> int:
+        return -(-(request.context_len + self.reserve) // self.config.page_size)
+
+    def _admit(self) -> list[tuple[Request, int]]:
+        """Requests that enter the batch now, first come, first served, with their pages."""
+        admitted: list[tuple[Request, int]] = []
+        num_tokens = 0
+        while self.waiting and self.num_running + len(admitted) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            pages = self._pages_for(request)
+            num_tokens += request.prefill_len
+            if pages > self.free_pages or (admitted and num_tokens > self.config.max_num_batched_tokens):
+                break
+            self.waiting.popleft()
+            self.free_pages -= pages
+            admitted.append((request, pages))
+        return admitted
+
+    def _prefill(self, admitted: list[tuple[Request, int]], now: float) -> float:
+        """An iteration that reads whole prompts and nothing else."""
+        num_tokens = sum(request.prefill_len for request, _ in admitted)
+        measured = self.cost.prefill_seconds(num_tokens)
+        seconds = measured + self.cost.prefill_host_seconds(len(admitted))
+        self.recorder.step(
+            (now, self.num_running + len(admitted), len(self.waiting), num_tokens, 0, num_tokens, 0, self.free_pages),
+            (measured, 0.0, 0.0, seconds - measured, seconds),
+            0,
+        )
+        self.num_steps += 1
+        self._begin(admitted, now + seconds)
+        return seconds
+
+    def _begin(self, read: Sequence[tuple[Request, int]], now: float) -> None:
+        """First tokens of requests whose prompts have been read; they join the batch unless that was all."""
+        staying = []
+        for request, pages in read:
+            if request.num_generated == 0:
+                _, output_len, stops, _, _ = look_up(self.anchors, request)
+                request.append(1, bool(stops) and output_len == 1, now)
+            if request.is_finished:
+                self.free_pages += pages
+                self._close(request)
+            else:
+                staying.append((request, pages))
+        if staying:
+            self._join(staying)
+
+    def _chunks(self, decode_tokens: int) -> list[tuple[_Prefill, int]]:
+        """Prompts to read in this iteration, and how many tokens of each: those begun first, then new ones."""
+        budget = self.config.max_num_batched_tokens - decode_tokens
+        chunks = []
+        for chunk in self._prefilling:
+            size = min(budget, chunk.request.prefill_len - chunk.done)
+            if size <= 0:
+                break
+            chunks.append((chunk, size))
+            budget -= size
+        while budget > 0 and self.waiting and self.num_running < self.config.max_num_seqs:
+            request = self.waiting[0]
+            pages = self._pages_for(request)
+            if pages > self.free_pages:
+                break
+            self.waiting.popleft()
+            self.free_pages -= pages
+            chunk = _Prefill(request, pages)
+            self._prefilling.append(chunk)
+            size = min(budget, request.prefill_len)
+            chunks.append((chunk, size))
+            budget -= size
+        return chunks
+
+    def _read(self, chunks: list[tuple[_Prefill, int]], now: float) -> None:
+        for chunk, size in chunks:
+            chunk.done += size
+        whole = []
+        # Prompts are read in the order of admission, so that those read to the end come first.
+        while self._prefilling and self._prefilling[0].done == self._prefilling[0].request.prefill_len:
+            chunk = self._prefilling.popleft()
+            whole.append((chunk.request, chunk.pages))
+        self._begin(whole, now)
+
+    def _grow(self) -> None:
+        """Give every request room for a round; where there is none, the ones admitted last go back to the queue."""
+        num = len(self._requests)
+        headroom = self._state[_HEADROOM, :num]
+        if not num or np.minimum.reduce(headroom) >= 0:
+            return
+        missing = np.maximum(-(headroom // self.config.page_size), 0)
+        total = int(missing.sum())
+        if total <= self.free_pages:
+            self.free_pages -= total
+            self._pages[:num] += missing
+            headroom += missing * self.config.page_size
+            return
+        preempted: list[int] = []
+        last = num - 1
+        for place, pages in enumerate(missing.tolist()):
+            if place > last:
+                break
+            while pages > self.free_pages and (self._prefilling or last > place):
+                last = self._preempt(last, preempted)
+            if pages > self.free_pages:
+                last = self._preempt(last, preempted)
+                break
+            self.free_pages -= pages
+            self._pages[place] += pages
+            headroom[place] += pages * self.config.page_size
+        self._drop(np.array(preempted, dtype=np.int64))
+
+    def _preempt(self, last: int, preempted: list[int]) -> int:
+        """Send back whoever was admitted last; returns the place of the last one that stays."""
+        if self._prefilling:
+            chunk = self._prefilling.pop()
+            self._requeue(chunk.request, chunk.pages)
+            return last
+        request = self._requests[last]
+        request.num_generated = int(self._state[_POSITION, last]) - request.prompt_len + 1
+        self._requeue(request, int(self._pages[last]))
+        preempted.append(last)
+        return last - 1
+
+    def _requeue(self, request: Request, pages: int) -> None:
+        self.free_pages += pages
+        request.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _abort(self) -> None:
+        """Take out requests whose users have gone."""
+        for request, when in self._given_up:
+            if request in self._requests:
+                place = self._requests.index(request)
+                request.num_generated = int(self._state[_POSITION, place]) - request.prompt_len + 1
+                self.free_pages += int(self._pages[place])
+                self._drop(np.array([place]))
+            else:
+                chunk = next((chunk for chunk in self._prefilling if chunk.request is request), None)
+                if chunk is None:
+                    self.waiting.remove(request)
+                else:
+                    self._prefilling.remove(chunk)
+                    self.free_pages += chunk.pages
+            request.finish_reason, request.finish = "abort", when
+            self._close(request)
+        self._given_up.clear()

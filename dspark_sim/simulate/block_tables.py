@@ -1,0 +1,93 @@
+"""What the array loop looks up by the row of an anchor: accepted drafts, and survivals as a policy wants them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_sim.loop import DraftBatch, survival_of
+from dspark_sim.policy import SpeculationPolicy
+from dspark_sim.simulate.acceptance import RecordedAnchors
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTables:
+    """Arrays of T rows, one for each anchor.
+
+    Parameters
+    ----------
+    num_accepted
+        [T], of the whole block.
+    whole
+        [T], drafts proposed, or ``None`` where every block is whole.
+    survival_rows
+        [T, γ], survival of each draft by the policy's signal; ``None`` for a policy that does not look at it.
+    """
+
+    num_accepted: IntArray
+    whole: IntArray | None
+    survival_rows: FloatArray | None
+    block_size: int
+    _blanks: dict[tuple[int, int], FloatArray] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(anchors: RecordedAnchors, policy: SpeculationPolicy) -> BlockTables:
+        """Of a recording and the signal that a policy looks at.
+
+        Raises
+        ------
+        UserError
+            If the signal was not recorded.
+        """
+        gamma = anchors.block_size
+        ragged = bool((anchors.draft_len < gamma).any())
+        survival = None
+        if policy.information != "history":
+            survival = signal_survival(anchors, policy)
+        return BlockTables(
+            np.ascontiguousarray(anchors.num_accepted, dtype=np.int64),
+            np.ascontiguousarray(anchors.draft_len, dtype=np.int64) if ragged else None,
+            survival,
+            gamma,
+        )
+
+    def draft_lens(self, rows: IntArray, draft_len: int) -> IntArray | int:
+        """Drafts proposed at anchors [R] when `draft_len` are asked for."""
+        return draft_len if self.whole is None else np.minimum(self.whole.take(rows), draft_len)
+
+    def survival(self, rows: IntArray, draft_len: int, drafted: IntArray) -> FloatArray:
+        """[R, draft_len], 0 behind the `drafted` ones of a row."""
+        assert self.survival_rows is not None
+        values = self.survival_rows.take(rows, axis=0)
+        if draft_len < self.block_size:
+            values = values[:, :draft_len]
+        if draft_len and np.minimum.reduce(drafted) < draft_len:
+            values = np.where(np.arange(draft_len) < drafted[:, None], values, 0.0)
+        return values
+
+    def blank(self, num_requests: int, draft_len: int) -> FloatArray:
+        """[R, draft_len] zeros that are shared: for controllers that take the shape alone."""
+        found = self._blanks.get((num_requests, draft_len))
+        if found is None:
+            found = self._blanks[num_requests, draft_len] = np.zeros((num_requests, draft_len))
+            found.setflags(write=False)
+        return found
+
+
+def signal_survival(anchors: RecordedAnchors, policy: SpeculationPolicy) -> FloatArray:
+    """Survival [T, γ] of all recorded drafts by the signal of a policy.
+
+    Raises
+    ------
+    UserError
+        If the signal was not recorded.
+    """
+    drafts = DraftBatch(
+        anchors.draft_len, anchors.confidence, draft_prob=anchors.draft_prob, accept_prob=anchors.accept_prob
+    )
+    return survival_of(drafts, policy.signal)
