@@ -334,13 +334,31 @@ class DecodeLoop:
         if self.cost is None or survival is None:
             return np.nan, np.nan
         seconds = self.cost.round_seconds(batch_tokens, load.context_tokens, load.num_running, draft_len)
-        admitted = float(np.add.reduce(admitted_survival(survival)[np.arange(len(survival)), verify_lens]))
+        # As the simulator sums many rounds at once, to the bit.
+        admitted = np.add.reduceat(admitted_survival(survival)[np.arange(len(survival)), verify_lens], [0])[0]
         return seconds, (load.num_running + admitted) / seconds
 
 
 def admitted_survival(survival: FloatArray) -> FloatArray:
     """Expected accepted drafts [R, γ + 1] of a round that verifies the first 0, 1, .. γ of survivals [R, γ]."""
     return np.concatenate((np.zeros((len(survival), 1)), np.cumsum(survival, axis=1)), axis=1)
+
+
+def signal_of(source: Any, signal: Signal) -> FloatArray:
+    """The array [R, γ] of a signal, from a `DraftBatch` or whatever else has one under its name.
+
+    Raises
+    ------
+    UserError
+        If it is missing.
+    """
+    values: FloatArray | None = getattr(source, signal)
+    if values is None:
+        raise UserError(
+            f"the policy needs {signal}, which this run does not have; "
+            + ("only a simulation of a recording knows it" if signal == "accept_prob" else "choose another policy")
+        )
+    return values
 
 
 def survival_of(drafts: DraftBatch, signal: Signal = "confidence") -> FloatArray:
@@ -351,12 +369,7 @@ def survival_of(drafts: DraftBatch, signal: Signal = "confidence") -> FloatArray
     UserError
         If the executor does not give the signal.
     """
-    values: FloatArray | None = getattr(drafts, signal)
-    if values is None:
-        raise UserError(
-            f"the policy needs {signal}, which this run does not have; "
-            + ("only a simulation of a recording knows it" if signal == "accept_prob" else "choose another policy")
-        )
+    values = signal_of(drafts, signal)
     width = values.shape[1]
     drafted = np.arange(width) < drafts.draft_lens[:, None]
     return np.cumprod(np.where(drafted, values, 0.0), axis=1, dtype=np.float64)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -148,7 +149,7 @@ class _FixedController:
         return self.verify_len
 
     def verify_lens(self, load: LoadView, survival: FloatArray) -> IntArray:
-        return np.full(survival.shape[0], self.verify_len, dtype=np.int64)
+        return full(survival.shape[0], self.verify_len)
 
     def observe(self, load: LoadView, verify_lens: IntArray, num_accepted: IntArray) -> None:
         pass
@@ -242,6 +243,14 @@ class RankedController:
         """Nothing is learnt."""
 
 
+@lru_cache(maxsize=4096)
+def full(num_requests: int, value: int) -> IntArray:
+    """The same length for every request, [R]; shared, and not to be written to."""
+    lens = np.full(num_requests, value, dtype=np.int64)
+    lens.setflags(write=False)
+    return lens
+
+
 def check_draft_len(draft_len: int | None) -> None:
     """Refuse a draft length below 1.
 
@@ -318,11 +327,22 @@ def admit_prefixes(survival: FloatArray, seconds: FloatArray) -> IntArray:
     array
         [R], number of leading positions admitted per request.
     """
-    order, expected = ranked(survival)
-    throughput = expected / seconds
+    # How many are admitted hangs on the sorted values alone, and which ones on their order only if the last is tied.
+    values = np.sort(survival, axis=None)[::-1]
+    expected = np.empty(values.size + 1)
+    expected[0] = survival.shape[0]
+    expected[1:] = values
+    throughput = np.cumsum(expected) / seconds
     rises = throughput[1:] > throughput[:-1]
-    num_admitted = rises.size if rises.all() else int(np.argmin(rises))
-    return leading_lens(order, num_admitted, survival)
+    num_admitted = rises.size if rises.all() else int(rises.argmin())
+    if (
+        not num_admitted
+        or values[num_admitted - 1] <= 0.0
+        or (num_admitted < values.size and values[num_admitted] == values[num_admitted - 1])
+    ):
+        return leading_lens(ranked(survival)[0], num_admitted, survival)
+    lens: IntArray = np.add.reduce(survival >= values[num_admitted - 1], axis=1, dtype=np.int64)
+    return lens
 
 
 def parameters(policy: SpeculationPolicy) -> dict[str, Any]:

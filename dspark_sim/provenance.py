@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def provenance(**extra: Any) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -33,6 +35,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def processor() -> str:
     """Name of this machine's processor."""
     try:
@@ -44,6 +47,7 @@ def processor() -> str:
     return platform.processor() or "unknown"
 
 
+@cache
 def _git_revision() -> str | None:
     try:
         result = subprocess.run(

@@ -24,7 +24,7 @@ from dspark_sim.policy import LoadView, SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.scheduler import SchedulerConfig, longest_sequence
 from dspark_sim.simulate.acceptance import RecordedAnchors
-from dspark_sim.simulate.array_recorder import ArrayRecorder, Rounds
+from dspark_sim.simulate.array_recorder import ArrayRecorder
 from dspark_sim.simulate.block_tables import BlockTables
 from dspark_sim.simulate.executor import look_up
 
@@ -36,7 +36,7 @@ _LEFT = 1  # output tokens until it ends
 _ROOM = 2  # drafts that fit before its longest output
 _ROW = 3  # row of its anchor in the tables
 _POSITION = 4  # absolute position of its anchor
-_MOVES = np.array([[-1], [-1], [-1], [1], [1]])
+_NUM_COLUMNS = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -106,10 +106,11 @@ class ArrayLoop:
         self._given_up: list[tuple[Request, float]] = []
         self._views: deque[LoadView] = deque(maxlen=load_lag + 1)
         self._requests: list[Request] = []
+        self._id_list: list[int] = []
         self._ids: tuple[int, ...] = ()
         self._context_tokens = 0
-        self._state = np.zeros((len(_MOVES), 16), dtype=np.int64)
-        self._moved = np.zeros_like(self._state)
+        self._facts: dict[int, tuple[int, int, int, int, int]] = {}
+        self._state = np.zeros((_NUM_COLUMNS, 16), dtype=np.int64)
         self._pages = np.zeros(16, dtype=np.int64)
         self._join(())
 
@@ -137,12 +138,13 @@ class ArrayLoop:
             False if it can never run, because it is longer than the context or than the whole cache: it is then
             finished at once with reason ``refused``.
         """
-        look_up(self.anchors, request)
+        facts = look_up(self.anchors, request)
         if longest_sequence(request, self.reserve) > self.config.longest:
             request.finish_reason, request.finish = "refused", request.arrival
             self.finished.append(request)
             self.recorder.finish(request)
             return False
+        self._facts[request.request_id] = facts
         self.waiting.append(request)
         return True
 
@@ -184,26 +186,26 @@ class ArrayLoop:
         chunks = self._chunks(num * (1 + draft_len)) if self.config.enable_chunked_prefill else []
         if not num and not chunks:
             raise UserError("the KV cache is too small to hold one waiting request; raise num_pages")
-        num_prefill_tokens = sum(size for _, size in chunks)
+        num_prefill_tokens = sum(size for _, size in chunks) if chunks else 0
         num_running, num_waiting = self.num_running, len(self.waiting)
         if num:
-            state, rows = self._state[:, :num], self._state[_ROW, :num]
-            drafted = np.minimum(state[_ROOM], self.tables.draft_lens(rows, draft_len))
+            rows = self._rows
+            drafted = np.minimum(self._room, self.tables.draft_lens(rows, draft_len))
             survival = (
                 self.tables.survival(rows, draft_len, drafted) if self._looks else self.tables.blank(num, draft_len)
             )
             verify = np.minimum(self.controller.verify_lens(load, survival), drafted)
             accepted = np.minimum(verify, self.tables.num_accepted.take(rows))
-            emitted = np.minimum(accepted + 1, state[_LEFT])
+            emitted = np.minimum(accepted + 1, self._left)
             self.controller.observe(load, verify, accepted)
-            batch_tokens = num + int(np.add.reduce(verify)) + num_prefill_tokens
-            context = self._context_tokens + sum(chunk.done for chunk, _ in chunks)
+            batch_tokens = num + int(verify.dot(self._ones)) + num_prefill_tokens
+            context = self._context_tokens + (sum(chunk.done for chunk, _ in chunks) if chunks else 0)
             draft_seconds = self.cost.draft_seconds(num, draft_len, self._context_tokens) if draft_len else 0.0
             spent = self.cost.step_seconds(batch_tokens, context, num + len(chunks))
             measured = draft_seconds + spent
             seconds = measured + self.cost.host_seconds(num + len(chunks))
             spans = (0.0, draft_seconds, spent)
-            self.recorder.rounds(Rounds(self._ids, rows.copy(), state[_POSITION].copy(), drafted, verify, emitted))
+            self.recorder.rounds((self._ids, rows.copy(), self._positions.copy(), drafted, verify, emitted))
         else:
             batch_tokens, context = num_prefill_tokens, 0
             measured = self.cost.prefill_seconds(
@@ -241,20 +243,18 @@ class ArrayLoop:
         )
 
     def _commit(self, emitted: IntArray, now: float) -> None:
-        num = len(self._requests)
-        state, moved = self._state[:, :num], self._moved[:, :num]
-        np.multiply(_MOVES, emitted, out=moved)
-        np.add(state, moved, out=state)
-        self._context_tokens += int(np.add.reduce(emitted))
-        if not np.minimum.reduce(state[_LEFT]):
-            self._leave(np.flatnonzero(state[_LEFT] == 0), now)
+        np.subtract(self._down, emitted, out=self._down)
+        np.add(self._up, emitted, out=self._up)
+        self._context_tokens += int(emitted.dot(self._ones))
+        if np.count_nonzero(self._left) < len(self._requests):
+            self._leave(np.flatnonzero(self._left == 0), now)
 
     def _leave(self, places: IntArray, now: float) -> None:
         """Take finished requests out of the batch and free their pages."""
         for place in places.tolist():
             request = self._requests[place]
             request.num_generated = int(self._state[_POSITION, place]) - request.prompt_len + 1
-            _, output_len, stops, _, _ = look_up(self.anchors, request)
+            _, output_len, stops, _, _ = self._facts[request.request_id]
             request.finish_reason = "stop" if stops and request.num_generated == output_len else "length"
             request.finish = now
             self._close(request)
@@ -262,30 +262,29 @@ class ArrayLoop:
         self._drop(places)
 
     def _close(self, request: Request) -> None:
+        del self._facts[request.request_id]
         self.finished.append(request)
         self.recorder.finish(request)
 
     def _drop(self, places: IntArray) -> None:
-        keep = np.ones(len(self._requests), dtype=np.bool_)
-        keep[places] = False
-        num = int(keep.sum())
-        before = len(self._requests)
-        self._state[:, :num] = self._state[:, :before][:, keep]
-        self._pages[:num] = self._pages[:before][keep]
-        self._requests = [request for request, kept in zip(self._requests, keep.tolist(), strict=True) if kept]
-        self._join(())
+        for place in sorted(places.tolist(), reverse=True):
+            num = len(self._requests) - 1
+            self._context_tokens -= int(self._state[_POSITION, place])
+            self._state[:, place:num] = self._state[:, place + 1 : num + 1]
+            self._pages[place:num] = self._pages[place + 1 : num + 1]
+            del self._requests[place], self._id_list[place]
+        self._view()
 
     def _join(self, new: Sequence[tuple[Request, int]]) -> None:
-        """Put requests with their pages behind the batch, and count it anew."""
+        """Put requests with their pages behind the batch."""
         before = len(self._requests)
         num = before + len(new)
         if num > self._pages.size:
             wider = max(num, 2 * self._pages.size)
             self._state = np.pad(self._state, ((0, 0), (0, wider - self._pages.size)))
-            self._moved = np.zeros_like(self._state)
             self._pages = np.pad(self._pages, (0, wider - self._pages.size))
         for place, (request, pages) in enumerate(new, before):
-            first_row, output_len, _, max_tokens, prompt_len = look_up(self.anchors, request)
+            first_row, output_len, _, max_tokens, prompt_len = self._facts[request.request_id]
             done = request.num_generated
             self._state[:, place] = (
                 pages * self.config.page_size - request.context_len - self.reserve,
@@ -296,8 +295,17 @@ class ArrayLoop:
             )
             self._pages[place] = pages
             self._requests.append(request)
-        self._ids = tuple(request.request_id for request in self._requests)
-        self._context_tokens = int(self._state[_POSITION, :num].sum())
+            self._id_list.append(request.request_id)
+            self._context_tokens += prompt_len + done - 1
+        self._view()
+
+    def _view(self) -> None:
+        """The columns of the batch as it is now."""
+        num = len(self._requests)
+        self._ids = tuple(self._id_list)
+        self._down, self._up = self._state[:_ROW, :num], self._state[_ROW:, :num]
+        self._headroom, self._left, self._room, self._rows, self._positions = self._state[:, :num]
+        self._ones = np.ones(num, dtype=np.int64)
 
     def _pages_for(self, request: Request) -> int:
         return -(-(request.context_len + self.reserve) // self.config.page_size)
@@ -336,7 +344,7 @@ class ArrayLoop:
         staying = []
         for request, pages in read:
             if request.num_generated == 0:
-                _, output_len, stops, _, _ = look_up(self.anchors, request)
+                _, output_len, stops, _, _ = self._facts[request.request_id]
                 request.append(1, bool(stops) and output_len == 1, now)
             if request.is_finished:
                 self.free_pages += pages
@@ -382,9 +390,8 @@ class ArrayLoop:
 
     def _grow(self) -> None:
         """Give every request room for a round; where there is none, the ones admitted last go back to the queue."""
-        num = len(self._requests)
-        headroom = self._state[_HEADROOM, :num]
-        if not num or np.minimum.reduce(headroom) >= 0:
+        num, headroom = len(self._requests), self._headroom
+        if not num or headroom[headroom.argmin()] >= 0:
             return
         missing = np.maximum(-(headroom // self.config.page_size), 0)
         total = int(missing.sum())

@@ -8,7 +8,7 @@ confidences, accepted counts and predictions are looked up when the trace is mad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dspark_sim.cost import CostModel
-from dspark_sim.loop import admitted_survival
 from dspark_sim.policy import SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.simulate.acceptance import RecordedAnchors
@@ -33,16 +32,8 @@ _COUNTS = ("start", "num_running", "num_waiting", "num_prefill_tokens", "draft_l
 _SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "host_seconds", "step_seconds")
 
 
-@dataclass(slots=True)
-class Rounds:
-    """One iteration's decode rounds, [R] each: request ids, rows of anchors, positions, drafts, verified, emitted."""
-
-    request_ids: tuple[int, ...]
-    rows: IntArray
-    positions: IntArray
-    draft_lens: IntArray
-    verify_lens: IntArray
-    num_emitted: IntArray
+Rounds = tuple[tuple[int, ...], IntArray, IntArray, IntArray, IntArray, IntArray]
+"""One iteration's decode rounds, [R] each: request ids, rows of anchors, positions, drafts, verified, emitted."""
 
 
 class ArrayRecorder:
@@ -92,12 +83,9 @@ class ArrayRecorder:
             rounds = self._rounds
             self._round_parts.append(
                 (
-                    np.concatenate([np.array(one.request_ids, dtype=np.int32) for one in rounds]),
-                    np.concatenate([one.rows for one in rounds]).astype(np.int32),
-                    np.concatenate([one.positions for one in rounds]).astype(np.int32),
-                    np.concatenate([one.draft_lens for one in rounds]).astype(np.int16),
-                    np.concatenate([one.verify_lens for one in rounds]).astype(np.int16),
-                    np.concatenate([one.num_emitted for one in rounds]).astype(np.int16),
+                    np.fromiter(chain.from_iterable(one[0] for one in rounds), np.int32),
+                    *(np.concatenate([one[place] for one in rounds]).astype(np.int32) for place in (1, 2)),
+                    *(np.concatenate([one[place] for one in rounds]).astype(np.int16) for place in (3, 4, 5)),
                 )
             )
             rounds.clear()
@@ -217,9 +205,12 @@ def _predictions(
         )
     ]
     if rounds is not None and len(decoding):
-        expected = admitted_survival(signal_survival(anchors, policy))
+        survival = signal_survival(anchors, policy, rounds[1])
+        expected = np.zeros(len(survival))
+        for depth in range(survival.shape[1]):
+            expected += np.where(rounds[4] > depth, survival[:, depth], 0.0)
         ends = np.cumsum(running.astype(np.int64))
-        admitted = np.add.reduceat(expected[rounds[1], rounds[4]], np.concatenate(([0], ends[:-1])))
+        admitted = np.add.reduceat(expected, np.concatenate(([0], ends[:-1])))
         throughput[decoding] = (running + admitted) / seconds[decoding]
     return seconds, throughput
 

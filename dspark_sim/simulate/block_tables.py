@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dspark_sim.loop import DraftBatch, survival_of
-from dspark_sim.policy import SpeculationPolicy
+from dspark_sim.loop import signal_of
+from dspark_sim.policy import SpeculationPolicy, full
 from dspark_sim.simulate.acceptance import RecordedAnchors
 
 FloatArray = npt.NDArray[np.float64]
@@ -56,9 +57,11 @@ class BlockTables:
             gamma,
         )
 
-    def draft_lens(self, rows: IntArray, draft_len: int) -> IntArray | int:
+    def draft_lens(self, rows: IntArray, draft_len: int) -> IntArray:
         """Drafts proposed at anchors [R] when `draft_len` are asked for."""
-        return draft_len if self.whole is None else np.minimum(self.whole.take(rows), draft_len)
+        if self.whole is None:
+            return full(len(rows), draft_len)
+        return np.minimum(self.whole.take(rows), draft_len)
 
     def survival(self, rows: IntArray, draft_len: int, drafted: IntArray) -> FloatArray:
         """[R, draft_len], 0 behind the `drafted` ones of a row."""
@@ -79,15 +82,23 @@ class BlockTables:
         return found
 
 
-def signal_survival(anchors: RecordedAnchors, policy: SpeculationPolicy) -> FloatArray:
-    """Survival [T, γ] of all recorded drafts by the signal of a policy.
+def signal_survival(
+    anchors: RecordedAnchors, policy: SpeculationPolicy, rows: npt.NDArray[Any] | None = None
+) -> FloatArray:
+    """Survival [T, γ] of recorded drafts by the signal of a policy: of all anchors, or of those at some rows.
 
     Raises
     ------
     UserError
         If the signal was not recorded.
     """
-    drafts = DraftBatch(
-        anchors.draft_len, anchors.confidence, draft_prob=anchors.draft_prob, accept_prob=anchors.accept_prob
-    )
-    return survival_of(drafts, policy.signal)
+    values = signal_of(anchors, policy.signal)
+    lens = anchors.draft_len
+    if rows is not None:
+        values, lens = values[rows], lens[rows]
+    # Column by column: these arrays are long and narrow. The bits are those of `survival_of`.
+    out = np.empty(values.shape)
+    for depth in range(values.shape[1]):
+        column = np.where(lens > depth, values[:, depth], 0.0)
+        out[:, depth] = column if depth == 0 else out[:, depth - 1] * column
+    return out
