@@ -16,10 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dspark_sim.cost import CostModel
+from dspark_sim.loop import signal_of
 from dspark_sim.policy import SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.simulate.acceptance import RecordedAnchors
-from dspark_sim.simulate.block_tables import signal_survival
 from dspark_sim.trace import SCHEMAS, Trace, list_column
 
 IntArray = npt.NDArray[np.int64]
@@ -205,14 +205,25 @@ def _predictions(
         )
     ]
     if rounds is not None and len(decoding):
-        survival = signal_survival(anchors, policy, rounds[1])
-        expected = np.zeros(len(survival))
-        for depth in range(survival.shape[1]):
-            expected += np.where(rounds[4] > depth, survival[:, depth], 0.0)
+        expected = _expected_accepted(signal_of(anchors, policy.signal), rounds[1], rounds[4])
         ends = np.cumsum(running.astype(np.int64))
         admitted = np.add.reduceat(expected, np.concatenate(([0], ends[:-1])))
         throughput[decoding] = (running + admitted) / seconds[decoding]
     return seconds, throughput
+
+
+def _expected_accepted(signal: FloatArray, rows: npt.NDArray[Any], verify_lens: npt.NDArray[Any]) -> FloatArray:
+    """Sum of the survivals of the verified drafts of rounds [N], to the bit as `survival_of` makes them."""
+    survival, expected = np.ones(len(rows)), np.zeros(len(rows))
+    chosen = np.flatnonzero(verify_lens > 0)
+    for depth in range(signal.shape[1]):
+        chosen = chosen[verify_lens[chosen] > depth]
+        if not chosen.size:
+            break
+        deeper = survival[chosen] * signal[rows[chosen], depth]
+        survival[chosen] = deeper
+        expected[chosen] += deeper
+    return expected
 
 
 def _draft_table(step: IntArray, rounds: list[npt.NDArray[Any]] | None, anchors: RecordedAnchors) -> pa.Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,20 +81,15 @@ class BlockTables:
         return found
 
 
-def signal_survival(
-    anchors: RecordedAnchors, policy: SpeculationPolicy, rows: npt.NDArray[Any] | None = None
-) -> FloatArray:
-    """Survival [T, γ] of recorded drafts by the signal of a policy: of all anchors, or of those at some rows.
+def signal_survival(anchors: RecordedAnchors, policy: SpeculationPolicy) -> FloatArray:
+    """Survival [T, γ] of all recorded drafts by the signal of a policy.
 
     Raises
     ------
     UserError
         If the signal was not recorded.
     """
-    values = signal_of(anchors, policy.signal)
-    lens = anchors.draft_len
-    if rows is not None:
-        values, lens = values[rows], lens[rows]
+    values, lens = signal_of(anchors, policy.signal), anchors.draft_len
     # Column by column: these arrays are long and narrow. The bits are those of `survival_of`.
     out = np.empty(values.shape)
     for depth in range(values.shape[1]):
