@@ -29,6 +29,7 @@ _COMMANDS = {
     "profile": ("live", "Profile"),
     "simulate": ("replay", "Simulate"),
     "compare": ("replay", "Compare"),
+    "fidelity": ("fidelity", "Fidelity"),
     "verify": ("whole", "Verify"),
     "evaluate": ("evaluate", "Evaluate"),
     "fit-margin": ("live", "FitMargin"),
@@ -53,6 +54,7 @@ commands:
   profile          measure what iterations cost on this machine
   simulate         replay a recording under another policy, block size or load
   compare          live against simulated, metric by metric
+  fidelity         how far the simulator may be trusted here: a grid of live runs, each simulated
   verify           check here that speculation changes the speed and not the output
   evaluate         compare drafters: acceptance by domain and position, and speed
   synthesise       let the target write training text

@@ -23,6 +23,7 @@ from dspark_sim.trace import Trace
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
     *("demo", "record", "profile", "simulate", "compare", "verify", "evaluate", "synthesise", "merge-synthesis"),
+    *("fidelity",),
     *("train", "learning-curves", "model-card", "fit-margin", "calibrate", "export", "bench"),
 )
 POLICIES = get_args(PolicyName)
