@@ -100,7 +100,15 @@ def study_policies(
 
 
 class Study:
-    """The folder: what is to run, and what has."""
+    """The folder: what is to run, and what has.
+
+    Parameters
+    ----------
+    out
+        The folder; `open` makes it or refuses it.
+    scale
+        Size.
+    """
 
     def __init__(self, out: Path, scale: FidelityScale) -> None:
         self.out, self.scale = out, scale
@@ -108,7 +116,13 @@ class Study:
         self._prompts = bundled_prompts()[: max(count for _, count in scale.num_requests)]
 
     def open(self, config: dict[str, Any]) -> None:
-        """Make the folder, or see that it holds the same study."""
+        """See that the folder holds the same study, or nothing.
+
+        Raises
+        ------
+        UserError
+            If it holds something else, or a study of another configuration.
+        """
         text = "\n".join(prompt.prompt_id + prompt.turns[0] for prompt in self._prompts)
         config = {**config, "prompts": hashlib.sha256(text.encode()).hexdigest()[:16]}
         path = self.out / "plan.json"
@@ -150,13 +164,14 @@ class Study:
 
     def _live_names(self) -> list[str]:
         cells = [self._name(cell, repeat) for repeat in (1, 2) for cell in self.cells()]
-        return cells + [f"profile/c{users:02d}-{k}" for users, _ in self.scale.num_requests for k in (0, 1, 2)]
+        return cells + [name for users, _ in self.scale.num_requests for name in _pass_names(users)]
 
     @staticmethod
     def _name(cell: Cell, repeat: int) -> str:
         return f"runs/c{cell.concurrency:02d}-{cell.policy}-{cell.arrivals}-{repeat}"
 
     def policies(self) -> list[SpeculationPolicy]:
+        """The policies, in order; the preliminary profile must be there."""
         drafter = self.plan["drafter"]
         return study_policies(
             drafter["block_size"],
@@ -166,6 +181,7 @@ class Study:
         )
 
     def cells(self) -> list[Cell]:
+        """The cells, in the order in which they run within a repeat."""
         labels = [policy.label() for policy in self.policies()]
         kinds: tuple[Arrivals, ...] = ("closed", "poisson")
         return [
@@ -202,14 +218,20 @@ class Study:
             for cell in self.cells()
         ]
 
-    def passes(self) -> list[Trace]:
-        """All profile passes, read from disk."""
-        return [Trace.read(self.out / name) for name in self._live_names() if name.startswith("profile/")]
+    def passes(self) -> dict[int, list[Trace]]:
+        """All profile passes by concurrency, read from disk."""
+        return {users: [Trace.read(self.out / name) for name in _pass_names(users)] for users, _ in self.scale.num_requests}
 
     # ---- live --------------------------------------------------------------------------------------------------------
 
-    def record(self, engine: Engine) -> None:
-        """Run what is missing, in order."""
+    def record(self, engine: Engine, *, progress: bool = True) -> None:
+        """Run what is missing, in order, and write every run at once.
+
+        Raises
+        ------
+        UserError
+            If the folder's runs are another machine's, model's or drafter's, or the drafter proposes nothing.
+        """
         self._start(engine)
         print("Warming up …", flush=True)
         engine.warm_up(self._prompts)
@@ -222,9 +244,9 @@ class Study:
             print("Recording outputs, and drafting a block at every position of them …", flush=True)
             most = self.scale.num_requests[-1][0]
             base = plain.record(
-                self._prompts, Fixed(0), ClosedLoop(most), max_tokens=self.scale.max_tokens, progress=True
+                self._prompts, Fixed(0), ClosedLoop(most), max_tokens=self.scale.max_tokens, progress=progress
             )
-            engine.anchors(base).write(self.out / "recording")
+            engine.anchors(base, progress=progress).write(self.out / "recording")
         anchors, table = self.anchors, CostModel.read(self.out / "table.json")
         if "rates" not in self.plan:
             counts = dict(self.scale.num_requests)
@@ -232,7 +254,7 @@ class Study:
                 str(users): open_loop(anchors, table, users, counts[users], self.scale.utilisation) for users in counts
             }
             self._save_plan()
-        self._run(engine, plain, anchors, table)
+        self._run(engine, plain, anchors, table, progress)
 
     def _start(self, engine: Engine) -> None:
         drafter = {
@@ -249,7 +271,7 @@ class Study:
         self.plan |= {"hardware": engine.hardware, "drafter": drafter}
         self._save_plan()
 
-    def _run(self, engine: Engine, plain: Engine, anchors: RecordedAnchors, table: CostModel) -> None:
+    def _run(self, engine: Engine, plain: Engine, anchors: RecordedAnchors, table: CostModel, progress: bool) -> None:
         policies = {policy.label(): policy for policy in self.policies()}
         counts = dict(self.scale.num_requests)
         cells = self.cells()
@@ -262,7 +284,9 @@ class Study:
         missing = sum(seconds[cell] for cell in cells for k in (1, 2) if not self._has(self._name(cell, k)))
         print(f"Live runs: about {missing / 60:.0f} minutes, by the preliminary profile.", flush=True)
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} < {remaining}{postfix}"
-        with tqdm(total=total, initial=total - missing, desc="live runs", bar_format=form) as bar:
+        with tqdm(
+            total=1.001 * total, initial=total - missing, desc="live runs", bar_format=form, disable=not progress
+        ) as bar:
             for users in counts:
                 for repeat in (1, 2):
                     for cell in (one for one in cells if one.concurrency == users):
@@ -283,7 +307,7 @@ class Study:
                     self._pass(engine, users, repeat)
 
     def _pass(self, engine: Engine, users: int, number: int) -> Trace:
-        folder = self.out / f"profile/c{users:02d}-{number}"
+        folder = self.out / _pass_names(users)[number]
         if folder.is_dir():
             return Trace.read(folder)
         trace = engine.profile_pass(
@@ -295,6 +319,11 @@ class Study:
         )
         trace.write(folder)
         return trace
+
+
+def _pass_names(users: int) -> list[str]:
+    """A concurrency's passes: before all runs, and after each repeat."""
+    return [f"profile/c{users:02d}-{number}" for number in (0, 1, 2)]
 
 
 def open_loop(

@@ -10,10 +10,13 @@ the same instants.
 split                fitted on                                            judged on
 ==================== ==================================================== ========================
 same policy          first repeats of all cells                           second repeat
-held-out policy      all runs of all other policies                       mean of both repeats
-held-out concurrency all runs at all other concurrencies                  mean of both repeats
+held-out policy      all runs of all other policies, profile passes       mean of both repeats
+held-out concurrency all runs and passes at all other concurrencies       mean of both repeats
 profile              profile passes only, as a user's cost table is made  mean of both repeats
 ==================== ==================================================== ========================
+
+Profile passes belong to the held-out fits because they alone mix rounds with and without drafts: where every round
+drafts, what a round without drafts costs cannot be told from the rest.
 """
 
 from __future__ import annotations
@@ -195,7 +198,7 @@ def live_table(runs: Iterable[CellRuns]) -> pd.DataFrame:
 
 def simulated_table(
     runs: list[CellRuns],
-    passes: list[Trace],
+    passes: Mapping[int, list[Trace]],
     anchors: RecordedAnchors,
     hardware: Mapping[str, Any],
     *,
@@ -208,7 +211,7 @@ def simulated_table(
     runs
         All cells.
     passes
-        Profile passes.
+        Profile passes by concurrency.
     anchors
         The recording that is replayed.
     hardware
@@ -224,17 +227,19 @@ def simulated_table(
     dict
         The cost models by split and what was held out.
     """
+    every_pass = [trace for traces in passes.values() for trace in traces]
     makers: dict[str, Callable[[Cell], tuple[str, list[Trace]]]] = {
         "same policy": lambda cell: ("", [one.first for one in runs]),
         "held-out policy": lambda cell: (
             cell.policy,
-            _traces(one for one in runs if one.cell.policy != cell.policy),
+            _traces(one for one in runs if one.cell.policy != cell.policy) + every_pass,
         ),
         "held-out concurrency": lambda cell: (
             f"c{cell.concurrency}",
-            _traces(one for one in runs if one.cell.concurrency != cell.concurrency),
+            _traces(one for one in runs if one.cell.concurrency != cell.concurrency)
+            + [trace for users, traces in passes.items() if users != cell.concurrency for trace in traces],
         ),
-        "profile": lambda cell: ("", passes),
+        "profile": lambda cell: ("", every_pass),
     }
     costs: dict[str, CostModel] = {}
     largest: dict[str, tuple[float, float]] = {}

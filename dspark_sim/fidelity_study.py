@@ -58,6 +58,7 @@ def run_fidelity(
     dtype: str = "float32",
     json_path: Path | str | None = None,
     engine: Engine | None = None,
+    progress: bool = True,
 ) -> Results:
     """Run what is missing of the study, analyse it, and write the report.
 
@@ -73,6 +74,8 @@ def run_fidelity(
         File for the rows of the error table.
     engine
         A loaded engine, to save loading one.
+    progress
+        Show bars.
 
     Raises
     ------
@@ -85,15 +88,20 @@ def run_fidelity(
     wanted = {"target": target, "drafter": drafter, "device": device, "dtype": dtype}
     study.open({**({} if engine else wanted), "scale": json.loads(json.dumps(asdict(scale)))})
     if not study.is_complete:
-        study.record(engine or _load(target, drafter, device, dtype, scale))
-    results = analyse(study.runs(), study.passes(), study.anchors, study.plan["hardware"])
+        study.record(engine or _load(target, drafter, device, dtype, scale), progress=progress)
+    results = analyse(study.runs(), study.passes(), study.anchors, study.plan["hardware"], progress=progress)
     _report(study, results, json_path)
     print(f"Wrote the report to {study.out / 'report'} in {perf_counter() - start:.0f} s.")
     return results
 
 
 def analyse(
-    runs: list[CellRuns], passes: list[Trace], anchors: RecordedAnchors, hardware: Mapping[str, Any]
+    runs: list[CellRuns],
+    passes: Mapping[int, list[Trace]],
+    anchors: RecordedAnchors,
+    hardware: Mapping[str, Any],
+    *,
+    progress: bool = False,
 ) -> Results:
     """Replay and simulate finished live runs.
 
@@ -102,15 +110,17 @@ def analyse(
     runs
         All cells.
     passes
-        Profile passes.
+        Profile passes by concurrency.
     anchors
         The recording.
     hardware
         Device, model, dtype and thread count of the live runs.
+    progress
+        Show bars.
     """
     live = live_table(runs)
-    identity = identity_table(runs, anchors, progress=True)
-    simulated, _ = simulated_table(runs, passes, anchors, hardware, progress=True)
+    identity = identity_table(runs, anchors, progress=progress)
+    simulated, _ = simulated_table(runs, passes, anchors, hardware, progress=progress)
     errors = fidelity_scores.error_table(live, simulated, shared_clock=is_shared(hardware))
     return Results(errors, identity, fidelity_scores.ranking_table(errors), live)
 

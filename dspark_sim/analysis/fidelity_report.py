@@ -121,8 +121,8 @@ def markdown(
     parts = ["# Fidelity: live against simulated", _setup(about, live), "## Rounds at temperature 0"]
     parts.append(_exactness(identity, errors))
     parts.append(
-        "## Errors\n\nsimulated / live - 1. Medians and 99th percentiles of its size over cells; *signed* is the median "
-        "with its sign, *floor* the median noise floor, *within* the cells inside target"
+        "## Errors\n\nsimulated / live - 1. Medians and 99th percentiles of its size over cells; *signed* is the "
+        "median with its sign, *floor* the median noise floor, *within* the cells inside target"
         + (" + floor" if about.shared_clock else "")
         + ". Same policy: costs fitted on all first repeats, judged on the second ones. Held-out: costs fitted on the "
         "runs of the other policies, or of the other concurrencies; profile: on profile passes alone. These are judged "
@@ -285,11 +285,10 @@ def _misses(missed: pd.DataFrame, errors: pd.DataFrame) -> str:
     lines.append(markdown_table(["cause", "misses"], rows))
     first = errors[errors["split"] == scores.SAME_POLICY].drop_duplicates(list(scores.CELL))
     drift = first.groupby("concurrency")["price_drift"].median()
+    by_level = ", ".join(f"{percent(value, signed=True)} at {users}" for users, value in drift.items())
     lines.append(
         "How much longer the second repeat's iterations took than the first's, as the same-policy fit prices them, "
-        "median over cells: "
-        + ", ".join(f"{percent(value, signed=True)} at {users}" for users, value in drift.items())
-        + "."
+        f"median over cells: {by_level}."
     )
     worst = missed.assign(excess=missed["error"].abs() - missed["limit"]).sort_values("excess", ascending=False)
     lines.append(f"The {min(len(worst), _MOST_MISSES)} furthest out:")

@@ -60,10 +60,10 @@ def error_table(live: pd.DataFrame, simulated: pd.DataFrame, *, shared_clock: bo
     Returns
     -------
     DataFrame
-        A row per split, cell and metric: ``live, simulated, error, repeat_error, floor, target, limit, within`` and
-        the evidence. The same-policy split is judged on the second repeat, for its costs were fitted on the first;
-        the others on the mean of both. Where rounds may depend on the clock, acceptance and budget have no target:
-        ``target`` and ``limit`` are NaN and ``within`` is missing.
+        A row per split, cell and metric: ``live, simulated, error, repeat_error, floor, target, limit, within,
+        clock_free`` and the evidence. The same-policy split is judged on the second repeat, for its costs were fitted
+        on the first; the others on the mean of both. Where rounds may depend on the clock, acceptance and budget have
+        no target: ``target`` and ``limit`` are NaN and ``within`` is missing.
     """
     metrics = [name for name in METRICS if name in simulated]
     runs = live.melt([*CELL, "repeat", "clock_free"], metrics, "metric", "value")
@@ -83,7 +83,7 @@ def error_table(live: pd.DataFrame, simulated: pd.DataFrame, *, shared_clock: bo
     within = (frame["error"].abs() <= frame["limit"] + 1e-12).astype("boolean")
     frame["within"] = within.mask(frame["limit"].isna() | frame["error"].isna())
     order = ["split", *CELL, "metric", "live", "simulated", "error", "repeat_error"]
-    order += ["floor", "target", "limit", "within"]
+    order += ["floor", "target", "limit", "within", "clock_free"]
     rest = [name for name in evidence if name not in order]
     for name, values in {"split": SPLITS, "metric": METRICS}.items():
         frame[name] = pd.Categorical(frame[name], [value for value in values if value in set(frame[name])])
@@ -156,7 +156,8 @@ def ranking_table(errors: pd.DataFrame) -> pd.DataFrame:
                 "floor": max(floor[best], floor[choice]),
             }
         )
-    frame = pd.DataFrame(rows)
+    columns = ("split", "concurrency", "arrivals", "metric", "tau", "tau_clear", "num_clear_pairs", "num_pairs")
+    frame = pd.DataFrame(rows, columns=[*columns, "best", "choice", "regret", "floor"])
     for name in ("tau", "tau_clear"):
         frame[f"{name}_within"] = (frame[name] >= TAU_TARGET).astype("boolean").mask(frame[name].isna())
     return frame.assign(regret_within=frame["regret"] <= REGRET_TARGET)
@@ -225,8 +226,7 @@ def _cause(row: Mapping[Any, Any]) -> str:
     metric, limit = str(row["metric"]), float(row["limit"])
     if metric in EXACT_METRICS:
         return "rounds differ although nothing in them depends on the clock: a defect"
-    # A throughput falls where seconds rise.
-    priced = -price if metric == "output_throughput" else price
+    priced = 1.0 / (1.0 + price) - 1.0 if metric == "output_throughput" else price
     explained = np.sign(priced) == np.sign(error) and abs(priced) >= 0.5 * abs(error)
     if bool(row["extrapolated"]) and explained:
         return "extrapolated: the cost was fitted on smaller batches only"
