@@ -220,7 +220,9 @@ class Study:
 
     def passes(self) -> dict[int, list[Trace]]:
         """All profile passes by concurrency, read from disk."""
-        return {users: [Trace.read(self.out / name) for name in _pass_names(users)] for users, _ in self.scale.num_requests}
+        return {
+            users: [Trace.read(self.out / name) for name in _pass_names(users)] for users, _ in self.scale.num_requests
+        }
 
     # ---- live --------------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def live_against_simulated(errors: pd.DataFrame, note: str = "") -> Figure:
                 axis.errorbar(
                     points["live"],
                     points["simulated"],
-                    xerr=points["live"] * points["repeat_error"].abs() / 2,
+                    xerr=_half_width(points),
                     linestyle="none",
                     marker=marker,
                     markersize=5.5,
@@ -158,7 +158,7 @@ def throughput(errors: pd.DataFrame, note: str = "") -> Figure:
     ticks = sorted(frame["concurrency"].unique())
     for axis, side in zip(axes, ("live", "simulated"), strict=True):
         for (policy, rows), color, marker in zip(frame.groupby("policy", sort=False), PALETTE, MARKERS, strict=False):
-            noise = rows["live"] * rows["repeat_error"].abs() / 2 if side == "live" else None
+            noise = _half_width(rows) if side == "live" else None
             axis.errorbar(
                 rows["concurrency"],
                 rows[side],
@@ -183,6 +183,11 @@ def throughput(errors: pd.DataFrame, note: str = "") -> Figure:
         f"{note}\nClosed loop. Bars: from one live run to the other. Simulated: costs fitted on the runs of the other "
         "policies.".strip(),
     )
+
+
+def _half_width(rows: pd.DataFrame) -> pd.Series:
+    """Half of the distance between two live runs of which `live` is the mean."""
+    return rows["live"] * rows["repeat_error"].abs() / (2.0 + rows["repeat_error"])
 
 
 def _plain_ticks(axis: Any, ends: Any) -> None:

@@ -118,19 +118,20 @@ def markdown(
 ) -> str:
     """The page."""
     summary, missed = scores.split_summary(errors), scores.misses(errors)
-    parts = ["# Fidelity: live against simulated", _setup(about, live), "## Rounds at temperature 0"]
-    parts.append(_exactness(identity, errors))
+    parts = ["# Fidelity: live against simulated", _headline(errors, identity, ranking), _setup(about, live)]
+    parts += ["## Rounds at temperature 0", _exactness(identity, errors)]
+    parts += ["## Choosing a policy", _ranking(ranking)]
     parts.append(
-        "## Errors\n\nsimulated / live - 1. Medians and 99th percentiles of its size over cells; *signed* is the "
-        "median with its sign, *floor* the median noise floor, *within* the cells inside target"
+        "## Errors\n\nsimulated / live - 1. Medians and 99th percentiles of its size over cells; *floor* is the "
+        "median noise floor, *within* the cells inside target"
         + (" + floor" if about.shared_clock else "")
         + ". Same policy: costs fitted on all first repeats, judged on the second ones. Held-out: costs fitted on the "
-        "runs of the other policies, or of the other concurrencies; profile: on profile passes alone. These are judged "
-        "on the mean of both repeats."
+        "runs of the other policies and the profile passes, or on the runs and passes at the other concurrencies; "
+        "profile: on profile passes alone. These are judged on the mean of both repeats."
     )
     for split in dict.fromkeys(summary["split"]):
         parts += [f"### {str(split).capitalize()}", _summary_table(summary[summary["split"] == split])]
-    parts += ["## Choosing a policy", _ranking(ranking), "## Misses", _misses(missed, errors)]
+    parts += ["## Misses", _misses(missed, errors)]
     parts += [
         "## Figures",
         "\n\n".join(
@@ -157,6 +158,26 @@ def percent(value: float, signed: bool = False) -> str:
     if not pd.notna(value):
         return "-"
     return f"{value:+.1%}" if signed else f"{value:.1%}"
+
+
+def _headline(errors: pd.DataFrame, identity: pd.DataFrame, ranking: pd.DataFrame) -> str:
+    equal = identity["rounds_equal"] & identity["batches_equal"]
+    lines = [f"- Rounds, replayed with a run's own seconds: equal in {equal.sum()} of {len(identity)} live runs."]
+    for split, rows in errors[~errors["metric"].isin(scores.EXACT_METRICS)].groupby("split", sort=False):
+        speed = rows[rows["metric"] == "output_throughput"]["error"].abs()
+        tpot = rows[rows["metric"] == "tpot_mean"]["error"].abs()
+        lines.append(
+            f"- {str(split).capitalize()}: {rows['within'].sum()} of {rows['within'].count()} times and throughputs "
+            f"within target; median error of throughput {percent(speed.median())}, of mean tpot "
+            f"{percent(tpot.median())}."
+        )
+    held = ranking[ranking["split"] == "held-out policy"]
+    if len(held):
+        lines.append(
+            f"- Choosing an unseen policy by the simulator loses at most {percent(held['regret'].max())} live, median "
+            f"{percent(held['regret'].median())}, over {len(held)} loads."
+        )
+    return "\n".join(lines)
 
 
 def _setup(about: About, live: pd.DataFrame) -> str:
@@ -223,21 +244,22 @@ def _exactness(identity: pd.DataFrame, errors: pd.DataFrame) -> str:
 
 
 def _summary_table(summary: pd.DataFrame) -> str:
+    """A row a metric; the kinds of arrivals beside each other."""
+    kinds = [kind for kind in _NAMES if kind in set(summary["arrivals"])]
+    header = ["metric", "target"]
+    for kind in kinds:
+        header += [f"{_NAMES[kind]}: median", "P99", "floor", "within"]
     rows = []
-    for row in summary.to_dict("records"):
-        judged = row["num_judged"]
-        exact = row["metric"] in scores.EXACT_METRICS
-        rows.append(
-            [
-                f"{row['metric']}, {_NAMES[row['arrivals']]}",
-                *(percent(row[name]) for name in ("median_error", "p99_error")),
-                percent(row["median_signed_error"], signed=True),
-                percent(row["median_floor"]),
-                "exact" if exact and judged else percent(row["target"]),
-                f"{row['num_within']} of {judged}" if judged else "-",
-            ]
-        )
-    return markdown_table(["metric", "median", "P99", "signed", "floor", "target", "within"], rows)
+    for metric, found in summary.groupby("metric", sort=False):
+        by_kind = found.set_index("arrivals")
+        exact = metric in scores.EXACT_METRICS
+        row = [str(metric), "exact" if exact else percent(found["target"].max())]
+        for kind in kinds:
+            one = by_kind.loc[kind]
+            row += [percent(float(one[name])) for name in ("median_error", "p99_error", "median_floor")]
+            row.append(f"{one['num_within']} of {one['num_judged']}" if one["num_judged"] else "-")
+        rows.append(row)
+    return markdown_table(header, rows)
 
 
 def _ranking(ranking: pd.DataFrame) -> str:

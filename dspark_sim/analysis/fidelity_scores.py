@@ -2,9 +2,9 @@
 
 Frames in, frames out. A *cell* is a policy at a concurrency under a kind of arrivals; it ran twice live. An *error* is
 simulated / live - 1, with a sign. The *noise floor* of a cell's metric is the larger of two figures: how far its own
-two live runs lie apart, and the median of that over all cells, because two runs that happen to agree are not free of
-noise. On a shared clock (a CPU) an error is within the target if it is at most target plus floor; on a GPU at most the
-target.
+two live runs lie apart, and the median of that over all cells with the same kind of arrivals, because two runs that
+happen to agree are not free of noise. On a shared clock (a CPU) an error is within the target if it is at most target
+plus floor; on a GPU at most the target.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def error_table(live: pd.DataFrame, simulated: pd.DataFrame, *, shared_clock: bo
     pairs = runs.pivot(index=[*CELL, "clock_free", "metric"], columns="repeat", values="value").reset_index()
     pairs.columns.name = None
     pairs["repeat_error"] = _relative(pairs[2], pairs[1])
-    typical = pairs["repeat_error"].abs().groupby(pairs["metric"]).transform("median")
+    typical = pairs["repeat_error"].abs().groupby([pairs["metric"], pairs["arrivals"]]).transform("median")
     pairs["floor"] = np.fmax(pairs["repeat_error"].abs(), typical)
     evidence = [name for name in simulated if name not in METRICS]
     frame = simulated.melt(evidence, metrics, "metric", "simulated").merge(pairs, on=[*CELL, "metric"])
@@ -145,7 +145,7 @@ def ranking_table(errors: pd.DataFrame) -> pd.DataFrame:
         live, simulated, floor = (cells[name].to_numpy(dtype=np.float64) for name in ("live", "simulated", "floor"))
         best, choice = int(np.argmax(sign * live)), int(np.argmax(sign * simulated))
         clear = clear_pairs(live, floor)
-        regret = sign * (1.0 - live[choice] / live[best])
+        regret = abs(1.0 - live[choice] / live[best])
         names = cells["policy"].tolist()
         rows.append(
             {
