@@ -143,7 +143,7 @@ class Study:
         self.plan = {"config": config}
 
     def _require(self, of: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for key in sorted(before.keys() | now.keys()):
+        for key in {**before, **now}:
             if before.get(key) != now.get(key):
                 raise UserError(
                     f"{self.out} holds a study with {of}{key} {before.get(key)} and this one has {now.get(key)}; "

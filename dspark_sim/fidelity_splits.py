@@ -42,6 +42,8 @@ from dspark_sim.trace import Trace
 from dspark_sim.workload import Workload
 
 Arrivals = Literal["closed", "poisson"]
+# A cell that spends this share of its time in batches so many times larger than any fitted counts as extrapolated.
+_MUCH, _LARGER = 0.1, 1.25
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def simulated_table(
                 twin = one.simulate(anchors, costs[name])
                 judged = [one.second] if split == "same policy" else [one.first, one.second]
                 first, second = (price_error(costs[name], trace) for trace in (one.first, one.second))
-                values, beyond = summary(twin), np.greater(_largest(judged), largest[name])
+                values, beyond = summary(twin), max(_share_beyond(trace, *largest[name]) for trace in judged)
                 rows.append(
                     {
                         "split": split,
@@ -267,7 +269,7 @@ def simulated_table(
                         "rounds_equal": bool(rounds_equal(one.second, twin)),
                         "price_error": second if split == "same policy" else (first + second) / 2,
                         "price_drift": (1.0 + first) / (1.0 + second) - 1.0,
-                        "extrapolated": bool(beyond.any()),
+                        "extrapolated": beyond > _MUCH,
                     }
                 )
                 bar.update()
@@ -289,6 +291,15 @@ def price_error(cost: CostModel, live: Trace) -> float:
 
 def _traces(runs: Iterable[CellRuns]) -> list[Trace]:
     return [trace for one in runs for trace in (one.first, one.second)]
+
+
+def _share_beyond(live: Trace, batch_tokens: float, prefill_tokens: float) -> float:
+    """Share of a run's time in decode rounds and prefills of well more tokens than these."""
+    prefill = live.steps["num_prefill_tokens"].to_numpy()
+    batch = live.steps["batch_tokens"].to_numpy()
+    busy = busy_seconds(live)
+    beyond = np.where(prefill > 0, prefill > _LARGER * prefill_tokens, batch > _LARGER * batch_tokens)
+    return float(busy[beyond].sum() / busy.sum())
 
 
 def _largest(traces: Iterable[Trace]) -> tuple[float, float]:

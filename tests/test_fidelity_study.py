@@ -240,18 +240,18 @@ def test_held_out_runs_are_held_out(tmp_path: Path) -> None:
 
     class Dear(ToyEngine):
         def record(self, prompts: Any, policy: Any, *rest: Any, **options: Any) -> Trace:
-            self.factors = (2.0,) if policy.label() == "fixed-2" else (1.0,)
+            self.factors = (2.0,) if policy.label() == "fixed-5" else (1.0,)
             return super().record(prompts, policy, *rest, **options)
 
-    scale = FidelityScale(((4, 8),), max_tokens=16, profile_tokens=16)
+    scale = FidelityScale(((4, 8),), max_tokens=16, profile_tokens=16, all_policies=False)
     errors = analysed(tmp_path / "study", Dear(), scale).errors
     tpot = errors[(errors["metric"] == "tpot_mean") & (errors["arrivals"] == "closed")].set_index(["split", "policy"])
-    held, same = tpot.loc[("held-out policy", "fixed-2"), "error"], tpot.loc[("same policy", "fixed-2"), "error"]
+    held, same = tpot.loc[("held-out policy", "fixed-5"), "error"], tpot.loc[("same policy", "fixed-5"), "error"]
     assert float(held) == pytest.approx(-0.5, abs=0.05) and float(same) > float(held) + 0.05
     # One concurrency: there is none to hold out.
     assert "held-out concurrency" not in set(errors["split"])
     missed = fidelity_scores.misses(errors)
-    causes = missed[(missed["split"] == "held-out policy") & (missed["policy"] == "fixed-2")]["cause"]
+    causes = missed[(missed["split"] == "held-out policy") & (missed["policy"] == "fixed-5")]["cause"]
     assert len(causes) and causes.str.startswith("price").mean() > 0.5
 
 
@@ -512,7 +512,7 @@ def test_a_report_without_misses_says_so() -> None:
 @pytest.mark.model
 def test_the_study_on_the_real_model(engine: Engine, tmp_path: Path) -> None:
     """The smallest there is: the rounds of every live run, in closed and open loops, are its replay's."""
-    scale = FidelityScale(((2, 2),), max_tokens=5, profile_tokens=5, all_policies=False)
+    scale = FidelityScale(((2, 2),), max_tokens=4, profile_tokens=3, all_policies=False)
     results = run_fidelity(tmp_path / "study", scale=scale, engine=engine, progress=False)
     assert len(results.identity) == 2 * 2 * 2
     assert results.identity["rounds_equal"].all() and results.identity["batches_equal"].all()

@@ -251,12 +251,12 @@ def _summary_table(summary: pd.DataFrame) -> str:
         header += [f"{_NAMES[kind]}: median", "P99", "floor", "within"]
     rows = []
     for metric, found in summary.groupby("metric", sort=False):
-        by_kind = found.set_index("arrivals")
+        by_kind = {str(one["arrivals"]): one for one in found.to_dict("records")}
         exact = metric in scores.EXACT_METRICS
         row = [str(metric), "exact" if exact else percent(found["target"].max())]
         for kind in kinds:
-            one = by_kind.loc[kind]
-            row += [percent(float(one[name])) for name in ("median_error", "p99_error", "median_floor")]
+            one = by_kind[kind]
+            row += [percent(one[name]) for name in ("median_error", "p99_error", "median_floor")]
             row.append(f"{one['num_within']} of {one['num_judged']}" if one["num_judged"] else "-")
         rows.append(row)
     return markdown_table(header, rows)

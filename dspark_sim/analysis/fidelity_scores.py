@@ -214,8 +214,8 @@ def misses(errors: pd.DataFrame) -> pd.DataFrame:
     errors
         `error_table` with the evidence ``price_error`` (what the fitted cost says of the very iterations that ran
         live, over what they took, less 1), ``price_drift`` (how much longer the second repeat's iterations took than
-        the first's fit says) and ``extrapolated`` (whether the cell has batches larger than any that the cost was
-        fitted on).
+        the first's fit says) and ``extrapolated`` (whether the cell spends much of its time in batches well
+        larger than any that the cost was fitted on).
     """
     missed = errors[errors["within"].eq(False).fillna(False)]
     return missed.assign(cause=[_cause(row) for row in missed.to_dict("records")])
