@@ -240,18 +240,18 @@ def test_held_out_runs_are_held_out(tmp_path: Path) -> None:
 
     class Dear(ToyEngine):
         def record(self, prompts: Any, policy: Any, *rest: Any, **options: Any) -> Trace:
-            self.factors = (2.0,) if policy.label() == "fixed-5" else (1.0,)
+            self.factors = (2.0,) if policy.label() == "prefix" else (1.0,)
             return super().record(prompts, policy, *rest, **options)
 
     scale = FidelityScale(((4, 8),), max_tokens=16, profile_tokens=16, all_policies=False)
     errors = analysed(tmp_path / "study", Dear(), scale).errors
     tpot = errors[(errors["metric"] == "tpot_mean") & (errors["arrivals"] == "closed")].set_index(["split", "policy"])
-    held, same = tpot.loc[("held-out policy", "fixed-5"), "error"], tpot.loc[("same policy", "fixed-5"), "error"]
+    held, same = tpot.loc[("held-out policy", "prefix"), "error"], tpot.loc[("same policy", "prefix"), "error"]
     assert float(held) == pytest.approx(-0.5, abs=0.05) and float(same) > float(held) + 0.05
     # One concurrency: there is none to hold out.
     assert "held-out concurrency" not in set(errors["split"])
     missed = fidelity_scores.misses(errors)
-    causes = missed[(missed["split"] == "held-out policy") & (missed["policy"] == "fixed-5")]["cause"]
+    causes = missed[(missed["split"] == "held-out policy") & (missed["policy"] == "prefix")]["cause"]
     assert len(causes) and causes.str.startswith("price").mean() > 0.5
 
 
