@@ -33,6 +33,7 @@ _COMMANDS = {
     "metrics": ("inspection", "Metrics"),
     "explain": ("inspection", "Explain"),
     "export-trace": ("inspection", "ExportTrace"),
+    "fidelity": ("fidelity", "Fidelity"),
     "verify": ("whole", "Verify"),
     "evaluate": ("evaluate", "Evaluate"),
     "fit-margin": ("live", "FitMargin"),
@@ -61,6 +62,7 @@ commands:
   metrics          all metrics of a run or of replications, with intervals and objectives
   explain          what a policy saw and chose at one step, made again from the trace
   export-trace     write a trace as a vLLM result file or a Perfetto timeline
+  fidelity         how far the simulator may be trusted here: a grid of live runs, each simulated
   verify           check here that speculation changes the speed and not the output
   evaluate         compare drafters: acceptance by domain and position, and speed
   synthesise       let the target write training text

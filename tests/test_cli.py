@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = (
     *("demo", "record", "profile", "simulate", "compare", "metrics", "explain", "export-trace", "verify", "evaluate"),
     *("synthesise", "merge-synthesis", "train", "learning-curves", "model-card", "fit-margin", "calibrate", "export"),
-    "bench",
+    *("cost", "fidelity", "bench"),
 )
 POLICIES = get_args(PolicyName)
 
@@ -86,7 +86,7 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith(f"usage: dspark-sim {command}")
     # These make one file and print no table.
-    silent = ("merge-synthesis", "learning-curves", "model-card", "export", "export-trace")
+    silent = ("merge-synthesis", "learning-curves", "model-card", "export", "export-trace", "cost")
     assert ("--json" in text) == (command not in silent)
     assert "PATH (default" not in text and "INT (default" not in text and "STR (default" not in text
 

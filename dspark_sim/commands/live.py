@@ -152,32 +152,48 @@ class FitMargin:
 
 @dataclass(frozen=True)
 class Bench:
-    """Ratio to transformers' `generate`, and what recording costs."""
+    """How fast the simulator is, the engine's ratio to transformers' `generate`, and what recording costs."""
 
+    part: Literal[all, simulator, engine] = "all"
+    """What to measure."""
+    quick: bool = False
+    """The simulator at two points instead of all (some minutes)."""
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
     per_domain: int = 2
-    """Bundled prompts of each domain."""
+    """Bundled prompts of each domain, for the engine."""
     max_tokens: int = 32
-    """Output tokens per prompt."""
+    """Output tokens per prompt, for the engine."""
     repeats: int = 5
-    """Alternating repeats."""
+    """Alternating repeats of the engine's ratio."""
     json: Path | None = None
-    """Also write the table as JSON rows here."""
+    """Also write the tables as JSON rows here, the simulator's first."""
 
     def run(self) -> None:
         """Run it."""
+        rows = []
+        if self.part != "engine":
+            from dspark_sim.simulate.bench import GROWTH, QUICK, bench_simulator
+
+            print("The simulator: whole calls, users who ask again at once, 1,000 prompt and 250 output tokens")
+            found = bench_simulator(QUICK if self.quick else GROWTH)
+            formats = {"us_per_iteration": ".1f", "ms_per_request": ".3f", "iterations_per_second": ",.0f"}
+            print_table(found, None, {**formats, "peak_memory_mib": ",.0f"})
+            rows.append(found.assign(benchmark="simulator"))
+        if self.part != "simulator":
+            rows += self._engine()
+        if self.json is not None:
+            write_rows(pd.concat(rows), self.json)
+
+    def _engine(self) -> list[pd.DataFrame]:
         from dspark_sim.engine.bench import generate_ratio, recording_overhead
         from dspark_sim.workload import bundled_prompts
 
         prompts = bundled_prompts(per_domain=self.per_domain)
         engine = self.model.load(len(prompts))
-        print("Plain decoding at concurrency 1 against transformers generate (ratio above 1: this engine is faster)")
+        print("\nPlain decoding at concurrency 1 against transformers generate (ratio above 1: this engine is faster)")
         ratio = pd.DataFrame(generate_ratio(engine, prompts, self.max_tokens, self.repeats))
         print_table(ratio)
         print("\nRecording a trace")
         overhead = pd.DataFrame(recording_overhead(engine, prompts, self.max_tokens, min(self.repeats, 3)))
         print_table(overhead, None, {"recording_fraction": ".3%", "recording_fraction_high": ".3%"})
-        if self.json is not None:
-            write_rows(
-                pd.concat([ratio.assign(benchmark="generate"), overhead.assign(benchmark="recording")]), self.json
-            )
+        return [ratio.assign(benchmark="generate"), overhead.assign(benchmark="recording")]

@@ -155,6 +155,7 @@ def simulate(
         "num_replicas": num_replicas,
         "router": router,
         "load_lag": load_lag,
+        "num_iterations": sum(loop.num_steps for loop in loops),
         "acceptance_source": whole.acceptance_source,
         "cost": cost.to_json(),
         "noise_seed": noise_seed,
