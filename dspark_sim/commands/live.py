@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import tyro
@@ -154,7 +155,7 @@ class FitMargin:
 class Bench:
     """How fast the simulator is, the engine's ratio to transformers' `generate`, and what recording costs."""
 
-    part: Literal[all, simulator, engine] = "all"
+    part: Literal["all", "simulator", "engine"] = "all"
     """What to measure."""
     quick: bool = False
     """The simulator at two points instead of all (some minutes)."""
