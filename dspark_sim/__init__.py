@@ -16,12 +16,24 @@ if TYPE_CHECKING:
     from dspark_sim.api import compare, profile, record, simulate
     from dspark_sim.cost import CostModel
     from dspark_sim.engine.serve import Engine
+    from dspark_sim.mixes import DomainMix
     from dspark_sim.policy import Fixed, PrefixScheduler
     from dspark_sim.policy_history import AcceptanceEMA, BatchSizeTable, Goodput, Parked
     from dspark_sim.policy_ranked import ConfidenceThreshold, GlobalArgmax, LaggedPrefixScheduler, Oracle, Tetris
     from dspark_sim.policy_zoo import make_policy
+    from dspark_sim.request_traces import read_request_trace
+    from dspark_sim.scheduler import SchedulerConfig
     from dspark_sim.trace import Trace
-    from dspark_sim.workload import ClosedLoop, Poisson
+    from dspark_sim.workload import (
+        ClosedLoop,
+        Deterministic,
+        Gamma,
+        ImportedArrivals,
+        Poisson,
+        Spike,
+        Stepped,
+        Weibull,
+    )
 
 __version__ = "0.1.0"
 
@@ -31,21 +43,30 @@ __all__ = [
     "ClosedLoop",
     "ConfidenceThreshold",
     "CostModel",
+    "Deterministic",
+    "DomainMix",
     "Engine",
     "Fixed",
+    "Gamma",
     "GlobalArgmax",
     "Goodput",
+    "ImportedArrivals",
     "LaggedPrefixScheduler",
     "Oracle",
     "Parked",
     "Poisson",
     "PrefixScheduler",
+    "SchedulerConfig",
+    "Spike",
+    "Stepped",
     "Tetris",
     "Trace",
+    "Weibull",
     "__version__",
     "compare",
     "make_policy",
     "profile",
+    "read_request_trace",
     "record",
     "simulate",
 ]
@@ -87,20 +108,29 @@ def __getattr__(name: str) -> Any:
         "ClosedLoop": "workload",
         "ConfidenceThreshold": "policy_ranked",
         "CostModel": "cost",
+        "Deterministic": "workload",
+        "DomainMix": "mixes",
         "Engine": "engine.serve",
         "Fixed": "policy",
+        "Gamma": "workload",
         "GlobalArgmax": "policy_ranked",
         "Goodput": "policy_history",
+        "ImportedArrivals": "workload",
         "LaggedPrefixScheduler": "policy_ranked",
         "Oracle": "policy_ranked",
         "Parked": "policy_history",
         "Poisson": "workload",
         "PrefixScheduler": "policy",
+        "SchedulerConfig": "scheduler",
+        "Spike": "workload",
+        "Stepped": "workload",
         "Tetris": "policy_ranked",
         "Trace": "trace",
+        "Weibull": "workload",
         "compare": "api",
         "make_policy": "policy_zoo",
         "profile": "api",
+        "read_request_trace": "request_traces",
         "record": "api",
     }
     if name not in homes:

@@ -25,6 +25,8 @@ from dspark_sim.workload import ClosedLoop, Prompt, Workload, bundled_prompts
 
 if TYPE_CHECKING:
     from dspark_sim.engine.serve import Engine
+    from dspark_sim.simulate.acceptance import RecordedAnchors
+    from dspark_sim.simulate.synthetic import SyntheticAcceptance
 
 
 def record(
@@ -125,39 +127,30 @@ def profile(
 
 
 def simulate(
-    trace: Trace,
+    trace: Trace | RecordedAnchors | SyntheticAcceptance,
     *,
     policy: SpeculationPolicy,
     cost: CostModel,
     concurrency: int = 4,
     workload: Workload | None = None,
     block_size: int | None = None,
-    num_requests: int | None = None,
-    allow_biased: bool = False,
-    noise_seed: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    **options: Any,
 ) -> Trace:
     """Replay a recording's anchors under another policy, block size or load.
 
     Parameters
     ----------
     trace
-        A recording with dense anchors.
+        A recording with dense anchors, such anchors, or a synthetic law (which needs `num_requests`).
     policy, cost
         What to run and what iterations cost.
     concurrency
         Users of a closed loop; `workload` overrides it.
     block_size
         At most the recorded one; ``None`` keeps it.
-    num_requests
-        Requests to serve; the recorded ones are repeated in order. ``None`` serves each once.
-    allow_biased
-        Run a policy that would bias the live output, as a labelled negative control.
-    noise_seed
-        Let iterations scatter as the profiled ones did, drawn under this seed; ``None`` gives each its mean.
-    seed
-        Of the workload's randomness.
+    options
+        As of `dspark_sim.simulate.run.simulate`: ``num_requests, scheduler, allow_biased, noise_seed, mix,
+        num_replicas, router, load_lag, detail, seed, progress``.
 
     Raises
     ------
@@ -166,7 +159,8 @@ def simulate(
     """
     from dspark_sim.simulate.run import simulate as run
 
-    limit = trace.config.get("block_size") if block_size is None else block_size
+    recorded = trace.config.get("block_size") if isinstance(trace, Trace) else trace.block_size
+    limit = recorded if block_size is None else block_size
     if limit is not None:
         wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, int(limit)))
         if wanted > limit:
@@ -174,19 +168,7 @@ def simulate(
                 f"policy {policy.label()} drafts {wanted} tokens and blocks have at most {limit}; lower verify_len, or "
                 "replay a recording with larger blocks"
             )
-
-    return run(
-        trace,
-        policy,
-        workload or ClosedLoop(concurrency),
-        cost,
-        num_requests=num_requests,
-        block_size=block_size,
-        allow_biased=allow_biased,
-        noise_seed=noise_seed,
-        seed=seed,
-        progress=progress,
-    )
+    return run(trace, policy, workload or ClosedLoop(concurrency), cost, block_size=block_size, **options)
 
 
 def compare(live: Trace, simulated: Trace, repeat: Trace | None = None) -> pd.DataFrame:

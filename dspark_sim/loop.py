@@ -333,7 +333,9 @@ class DecodeLoop:
     ) -> tuple[float, float]:
         if self.cost is None or survival is None:
             return np.nan, np.nan
-        seconds = self.cost.round_seconds(batch_tokens, load.context_tokens, load.num_running, draft_len)
+        num = load.num_running
+        draft = self.cost.draft_seconds(num, draft_len, load.context_tokens)
+        seconds = draft + self.cost.step_seconds(batch_tokens, load.context_tokens, num) + self.cost.host_seconds(num)
         # As the simulator sums many rounds at once, to the bit.
         admitted = np.add.reduceat(admitted_survival(survival)[np.arange(len(survival)), verify_lens], [0])[0]
         return seconds, (load.num_running + admitted) / seconds

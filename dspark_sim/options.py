@@ -11,6 +11,7 @@ from dspark_sim.errors import UserError
 from dspark_sim.gaps import ConstantGaps, ExponentialGaps, GammaGaps, Gaps, WeibullGaps
 from dspark_sim.policy_zoo import DEFAULT_TABLE, Policy, PolicyName, make_policy
 from dspark_sim.request_traces import read_request_trace
+from dspark_sim.scheduler import SchedulerConfig
 from dspark_sim.workload import (
     ClosedLoop,
     Deterministic,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from dspark_sim.engine.serve import Engine
 
 
+_MANY = 1 << 30
+
+
 @dataclass(frozen=True)
 class NetworkOptions:
     """Which models, and where they run."""
@@ -37,7 +41,7 @@ class NetworkOptions:
     target: str = "smollm2-135m-instruct"
     """Target: the embedded smollm2-135m-instruct, a model folder, or a hub name."""
     drafter: str = "dspark"
-    """none, ngram, dspark, dflash, or a drafter's folder."""
+    """none, ngram, dspark, dspark-rnn, dflash, eagle3, mtp1, or a drafter's folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; float32 keeps greedy output identical under every batch shape."""
     device: str = "auto"
@@ -291,6 +295,42 @@ class LoadOptions:
                 return Weibull(rate, **spread, seed=self.seed, timeout_seconds=self.timeout_seconds)
             case _:
                 return Deterministic(rate, timeout_seconds=self.timeout_seconds)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """The simulated server, and how many there are; limits that are not given never bind."""
+
+    max_num_seqs: int | None = None
+    """Most requests running at once; default: as many as there are users, in an open loop 16."""
+    max_num_batched_tokens: int = 2048
+    """Most prompt tokens of an iteration; with --enable-chunked-prefill less what its decode rounds take."""
+    enable_chunked_prefill: bool = False
+    """Read prompts beside decode rounds, in pieces."""
+    num_pages: int | None = None
+    """Pages of the KV cache; default: enough."""
+    page_size: int = 16
+    """Tokens of a page."""
+    num_replicas: int = 1
+    """Servers behind a router."""
+    router: Literal["round_robin", "least_outstanding_tokens"] = "round_robin"
+    """Which server a request goes to: each in turn, or the one that owes the fewest tokens."""
+    load_lag: int = 0
+    """Iterations by which the load that the policy sees is old."""
+
+    def config(self, workload: Workload) -> SchedulerConfig | None:
+        """The server's limits; ``None`` where nothing is asked for, which never binds."""
+        if self == ServerOptions(num_replicas=self.num_replicas, router=self.router, load_lag=self.load_lag):
+            return None
+        users = workload.num_users if isinstance(workload, ClosedLoop) else SchedulerConfig().max_num_seqs
+        return SchedulerConfig(
+            max_num_seqs=users if self.max_num_seqs is None else self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            num_pages=_MANY if self.num_pages is None else self.num_pages,
+            page_size=self.page_size,
+            max_model_len=_MANY,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+        )
 
 
 def parse_steps(text: str) -> list[tuple[float, float]]:

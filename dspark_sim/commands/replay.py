@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from dspark_sim.commands.output import print_summary, print_table
-from dspark_sim.options import LoadOptions, PolicyChoice
+from dspark_sim.errors import UserError
+from dspark_sim.options import LoadOptions, PolicyChoice, ServerOptions
+
+if TYPE_CHECKING:
+    from dspark_sim.simulate.synthetic import SyntheticAcceptance
+
+_PRESET = "preset:"
+
+
+def _preset(name: str) -> SyntheticAcceptance:
+    from dspark_sim.simulate.presets import preset
+
+    parts = name.removeprefix(_PRESET).split("/")
+    if len(parts) != 3:
+        raise UserError(f"{name} names no law; give preset:TARGET/DRAFTER/DOMAIN, such as preset:qwen3-4b/dspark/math")
+    return preset(parts[0], drafter=parts[1], domain=parts[2])
 
 
 @dataclass(frozen=True)
@@ -16,15 +32,17 @@ class Simulate:
     """Replay a recording under another policy, block size or load."""
 
     trace: tyro.conf.Positional[Path]
-    """Recording with dense anchors (made by `dspark-sim record`)."""
+    """Recording with dense anchors (made by `dspark-sim record`), or a law with the paper's acceptance, such as
+    preset:qwen3-4b/dspark/math; its requests have 1000 prompt and 250 output tokens."""
     cost: Path
-    """Cost table (made by `dspark-sim profile`)."""
+    """Cost table (made by `dspark-sim profile` or `dspark-sim cost`)."""
     policy: tyro.conf.OmitArgPrefixes[PolicyChoice] = field(default_factory=lambda: PolicyChoice("prefix"))
     block_size: int | None = None
     """At most the recorded one."""
     num_requests: int | None = None
-    """Requests to serve; the recorded prompts are repeated."""
+    """Requests to serve; the recorded prompts are repeated. A law needs the number."""
     load: tyro.conf.OmitArgPrefixes[LoadOptions] = LoadOptions()
+    server: tyro.conf.OmitArgPrefixes[ServerOptions] = ServerOptions()
     allow_biased: bool = False
     """Also run argmax and tetris on a recording of mode rejection, where they would change the output if run live."""
     noise_seed: int | None = None
@@ -42,14 +60,25 @@ class Simulate:
 
         if self.out is not None:
             refuse_foreign(self.out)
-        recording, cost = Trace.read(self.trace), CostModel.read(self.cost)
-        recorded = int(recording.config.get("block_size", 0))
+        cost = CostModel.read(self.cost)
+        recording: Trace | SyntheticAcceptance
+        if str(self.trace).startswith(_PRESET):
+            recording = _preset(str(self.trace))
+            recorded = recording.block_size
+        else:
+            recording = Trace.read(self.trace)
+            recorded = int(recording.config.get("block_size", 0))
         block_size = recorded if self.block_size is None else self.block_size
+        workload = self.load.load()
         trace = simulate(
             recording,
             policy=self.policy.make(block_size, cost),
             cost=cost,
-            workload=self.load.load(),
+            workload=workload,
+            scheduler=self.server.config(workload),
+            num_replicas=self.server.num_replicas,
+            router=self.server.router,
+            load_lag=self.server.load_lag,
             block_size=self.block_size,
             num_requests=self.num_requests,
             allow_biased=self.allow_biased,

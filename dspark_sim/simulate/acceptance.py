@@ -11,7 +11,7 @@ Lengths and counts are in tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,8 @@ class RecordedAnchors:
         [T, γ], true conditional acceptance and the drafter's probability of its tokens; ``None`` if not recorded.
     source
         Where the anchors come from, for the trace of a run; ``None`` is a recording.
+    derived
+        Tables made of these arrays by `block_tables`, kept for the next run.
     """
 
     prompts: Mapping[str, RecordedPrompt]
@@ -102,6 +104,7 @@ class RecordedAnchors:
     accept_prob: FloatArray | None = None
     draft_prob: FloatArray | None = None
     source: Mapping[str, Any] | None = None
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def acceptance_source(self) -> dict[str, Any]:
@@ -143,6 +146,8 @@ class RecordedAnchors:
         UserError
             If `block_size` is negative or above the recorded one.
         """
+        if block_size == self.block_size:
+            return self
         if not 0 <= block_size <= self.block_size:
             raise UserError(
                 f"block_size is {block_size} but the anchors were recorded with {self.block_size}; "

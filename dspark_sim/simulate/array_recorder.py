@@ -16,10 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dspark_sim.cost import CostModel
-from dspark_sim.loop import signal_of
 from dspark_sim.policy import SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.simulate.acceptance import RecordedAnchors
+from dspark_sim.simulate.block_tables import expected_accepted, single_confidence
 from dspark_sim.trace import SCHEMAS, Trace, list_column
 
 IntArray = npt.NDArray[np.int64]
@@ -107,6 +107,8 @@ def trace_of(
     num_pages: int,
     config: dict[str, Any],
     provenance: dict[str, Any],
+    *,
+    noisy: bool = False,
 ) -> Trace:
     """The run that one recorder for each replica has collected, as a trace.
 
@@ -124,6 +126,8 @@ def trace_of(
         Of one KV cache.
     config, provenance
         Of the run.
+    noisy
+        Whether iterations took other seconds than `cost` says.
     """
     collected = [recorder.steps_and_rounds() for recorder in recorders]
     steps = np.concatenate([part for part, _ in collected])
@@ -140,7 +144,7 @@ def trace_of(
     steps, replica = steps[order], replica[order]
     tables = {
         "requests": _request_table([request for recorder in recorders for request in recorder.requests]),
-        "steps": _step_table(steps, replica, num_pages, _predictions(steps, rounds, anchors, policy, cost)),
+        "steps": _step_table(steps, replica, num_pages, _predictions(steps, rounds, anchors, policy, cost, noisy)),
         "drafts": _draft_table(step_of_round, rounds, anchors),
         "anchors": SCHEMAS["anchors"].empty_table(),
     }
@@ -192,38 +196,30 @@ def _predictions(
     anchors: RecordedAnchors,
     policy: SpeculationPolicy,
     cost: CostModel,
+    noisy: bool,
 ) -> tuple[FloatArray, FloatArray]:
     """Predicted seconds and throughput of every iteration; not a number where nothing was decoded."""
     seconds, throughput = np.full(len(steps), np.nan), np.full(len(steps), np.nan)
     decoding = np.flatnonzero(steps[:, -1] > 0)
-    counts = steps[decoding][:, [_COUNTS.index(name) for name in ("batch_tokens", "context_tokens", "draft_len")]]
     running = steps[decoding, -1]
-    seconds[decoding] = [
-        cost.round_seconds(batch_tokens, context_tokens, num, draft_len)
-        for (batch_tokens, context_tokens, draft_len), num in zip(
-            counts.astype(np.int64).tolist(), running.astype(np.int64).tolist(), strict=True
-        )
-    ]
+    if noisy:
+        names = ("batch_tokens", "context_tokens", "draft_len")
+        counts = steps[decoding][:, [*map(_COUNTS.index, names), -1]].astype(np.int64).tolist()
+        seconds[decoding] = [
+            cost.draft_seconds(num, draft_len, context)
+            + cost.step_seconds(tokens, context, num)
+            + cost.host_seconds(num)
+            for tokens, context, draft_len, num in counts
+        ]
+    else:
+        seconds[decoding] = steps[decoding, len(_COUNTS) + len(_SECONDS)]
     if rounds is not None and len(decoding):
-        expected = _expected_accepted(signal_of(anchors, policy.signal), rounds[1], rounds[4])
+        table = expected_accepted(anchors, policy.signal)
+        expected = table.ravel().take(rounds[1].astype(np.int64) * table.shape[1] + rounds[4])
         ends = np.cumsum(running.astype(np.int64))
         admitted = np.add.reduceat(expected, np.concatenate(([0], ends[:-1])))
         throughput[decoding] = (running + admitted) / seconds[decoding]
     return seconds, throughput
-
-
-def _expected_accepted(signal: FloatArray, rows: npt.NDArray[Any], verify_lens: npt.NDArray[Any]) -> FloatArray:
-    """Sum of the survivals of the verified drafts of rounds [N], to the bit as `survival_of` makes them."""
-    survival, expected = np.ones(len(rows)), np.zeros(len(rows))
-    chosen = np.flatnonzero(verify_lens > 0)
-    for depth in range(signal.shape[1]):
-        chosen = chosen[verify_lens[chosen] > depth]
-        if not chosen.size:
-            break
-        deeper = survival[chosen] * signal[rows[chosen], depth]
-        survival[chosen] = deeper
-        expected[chosen] += deeper
-    return expected
 
 
 def _draft_table(step: IntArray, rounds: list[npt.NDArray[Any]] | None, anchors: RecordedAnchors) -> pa.Table:
@@ -231,7 +227,6 @@ def _draft_table(step: IntArray, rounds: list[npt.NDArray[Any]] | None, anchors:
     if rounds is None:
         return schema.empty_table()
     request_id, row, position, draft_len, verify_len, emitted = rounds
-    shown = np.arange(anchors.block_size) < draft_len[:, None]
     lens = draft_len.astype(np.int64)
     columns = {
         "step": step,
@@ -245,6 +240,9 @@ def _draft_table(step: IntArray, rounds: list[npt.NDArray[Any]] | None, anchors:
     arrays: dict[str, pa.Array] = {
         name: pa.array(values.astype(np.int64), type=schema.field(name).type) for name, values in columns.items()
     }
-    arrays["draft_tokens"] = list_column(anchors.draft_tokens[row][shown].astype(np.int32), lens, pa.int32())
-    arrays["confidence"] = list_column(anchors.confidence[row][shown].astype(np.float32), lens, pa.float32())
+    shown = None if (draft_len == anchors.block_size).all() else np.arange(anchors.block_size) < draft_len[:, None]
+    for name, table in (("draft_tokens", anchors.draft_tokens), ("confidence", single_confidence(anchors))):
+        blocks = table.take(row, axis=0)
+        values = blocks.ravel() if shown is None else blocks[shown]
+        arrays[name] = list_column(values, lens, schema.field(name).type.value_type)
     return pa.table([arrays[name] for name in schema.names], schema=schema)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_sim.loop import signal_of
-from dspark_sim.policy import SpeculationPolicy, full
+from dspark_sim.policy import Signal, SpeculationPolicy, full
 from dspark_sim.simulate.acceptance import RecordedAnchors
 
 FloatArray = npt.NDArray[np.float64]
@@ -48,7 +50,7 @@ class BlockTables:
         ragged = bool((anchors.draft_len < gamma).any())
         survival = None
         if policy.information != "history":
-            survival = signal_survival(anchors, policy)
+            survival = signal_survival(anchors, policy.signal)
         return BlockTables(
             np.ascontiguousarray(anchors.num_accepted, dtype=np.int64),
             np.ascontiguousarray(anchors.draft_len, dtype=np.int64) if ragged else None,
@@ -81,18 +83,58 @@ class BlockTables:
         return found
 
 
-def signal_survival(anchors: RecordedAnchors, policy: SpeculationPolicy) -> FloatArray:
-    """Survival [T, γ] of all recorded drafts by the signal of a policy.
+def signal_survival(anchors: RecordedAnchors, signal: Signal) -> FloatArray:
+    """Survival [T, γ] of all recorded drafts by a signal.
 
     Raises
     ------
     UserError
         If the signal was not recorded.
     """
-    values, lens = signal_of(anchors, policy.signal), anchors.draft_len
-    # Column by column: these arrays are long and narrow. The bits are those of `survival_of`.
-    out = np.empty(values.shape)
-    for depth in range(values.shape[1]):
-        column = np.where(lens > depth, values[:, depth], 0.0)
-        out[:, depth] = column if depth == 0 else out[:, depth - 1] * column
-    return out
+
+    def made() -> FloatArray:
+        values, lens = signal_of(anchors, signal), anchors.draft_len
+        # Column by column: these arrays are long and narrow. The bits are those of `survival_of`.
+        out = np.empty(values.shape)
+        for depth in range(values.shape[1]):
+            column = np.where(lens > depth, values[:, depth], 0.0)
+            out[:, depth] = column if depth == 0 else out[:, depth - 1] * column
+        return out
+
+    survival: FloatArray = _kept(anchors, f"survival by {signal}", made)
+    return survival
+
+
+def expected_accepted(anchors: RecordedAnchors, signal: Signal) -> FloatArray:
+    """Expected accepted drafts [T, γ + 1] when the first 0, 1, .. γ drafts of a block are verified.
+
+    Raises
+    ------
+    UserError
+        If the signal was not recorded.
+    """
+
+    def made() -> FloatArray:
+        survival = signal_survival(anchors, signal)
+        out = np.zeros((len(survival), survival.shape[1] + 1))
+        for depth in range(survival.shape[1]):
+            np.add(out[:, depth], survival[:, depth], out=out[:, depth + 1])
+        return out
+
+    expected: FloatArray = _kept(anchors, f"expected by {signal}", made)
+    return expected
+
+
+def single_confidence(anchors: RecordedAnchors) -> npt.NDArray[np.float32]:
+    """Confidences [T, γ] as traces hold them."""
+    single: npt.NDArray[np.float32] = _kept(
+        anchors, "single confidence", lambda: np.ascontiguousarray(anchors.confidence, dtype=np.float32)
+    )
+    return single
+
+
+def _kept(anchors: RecordedAnchors, name: str, make: Callable[[], Any]) -> Any:
+    """A table of a recording, made once: runs that share the recording share it."""
+    if name not in anchors.derived:
+        anchors.derived[name] = make()
+    return anchors.derived[name]

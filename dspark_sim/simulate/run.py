@@ -163,7 +163,8 @@ def simulate(
     }
     # As it will be read back: lists, not tuples.
     config = json.loads(json.dumps(config))
-    return trace_of(recorders, anchors, policy, cost, limits.num_pages, config, provenance(seed=seed))
+    noisy = noise_seed is not None
+    return trace_of(recorders, anchors, policy, cost, limits.num_pages, config, provenance(seed=seed), noisy=noisy)
 
 
 def _is_lagged(policy: SpeculationPolicy) -> bool:
