@@ -21,7 +21,8 @@ demo: setup  ## record, replay and compare on this computer; results in runs/dem
 	$(BIN)/dspark-sim demo --out runs/demo
 
 test: lint  ## all checks: lint, then the tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not model and not slow"
+	$(BIN)/pytest -m "model and not slow"
 
 lint: setup  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

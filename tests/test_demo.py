@@ -24,6 +24,7 @@ ROW = (
 )
 
 
+@pytest.mark.model
 def test_the_demo_at_the_smallest_scale(tmp_path, capsys):
     frame = run_demo(tmp_path / "demo", device="cpu", scale=SMALL, json_path=tmp_path / "table.json")
     assert list(zip(frame["policy"], frame["concurrency"], strict=True)) == [

@@ -120,7 +120,7 @@ def test_drafter_of_another_shape(engine, tmp_path):
     folder = tmp_path / "mine"
     shutil.copytree(BUNDLED, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "target_layer_ids": [1, 14, 99]}))
+    (folder / "config.json").write_text(json.dumps({**config, "target_layer_ids": [1, 8, 15, 22, 99]}))
     _refused(lambda: engine.with_drafter(str(folder)), "layer 99")
 
 

@@ -395,7 +395,7 @@ def test_the_command_on_the_embedded_model(engine: Any, tmp_path: Path, capsys: 
         prompts,
         tmp_path / "out",
         drafters=("dspark", "ngram"),
-        scale=EvaluationScale(1, 14, 1, 3, 14),
+        scale=EvaluationScale(1, 14, 1, 1, 8),
         json_path=rows_file,
         engine=engine,
     )

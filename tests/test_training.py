@@ -130,7 +130,7 @@ def test_an_interruption_between_saves_leaves_no_row_twice(config, tmp_path, mon
 @pytest.mark.parametrize("name", ["dspark", "dflash"])
 def test_a_saved_drafter_is_read_back_bit_for_bit(engine, tmp_path, name):
     drafter = engine.with_drafter(name).drafter.network
-    save_drafter(drafter, tmp_path / "copy", {"updates_done": 3})
+    save_drafter(drafter, tmp_path / "copy", {"updates_done": 3}, dtype="float32")
     again = load_drafter(tmp_path / "copy", engine.target)
     assert isinstance(again, BlockDrafter)
     assert again.config == drafter.config
@@ -138,7 +138,7 @@ def test_a_saved_drafter_is_read_back_bit_for_bit(engine, tmp_path, name):
     ours, theirs = drafter.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    save_drafter(again, tmp_path / "second", {"updates_done": 3})
+    save_drafter(again, tmp_path / "second", {"updates_done": 3}, dtype="float32")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "copy" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
