@@ -38,7 +38,7 @@ def by_hand() -> Trace:
             | {"output_len": 3, "first_token": 4.0, "finish": 6.0, "finish_reason": "stop", "num_preemptions": 0},
         ],
         "steps": [
-            {"step": step, "start": start, "step_seconds": seconds}
+            {"step": step, "start": start, "step_seconds": seconds, "replica": 0}
             for step, (start, seconds) in enumerate([(0.0, 1.0), (1.0, 1.0), (2.0, 2.0), (4.0, 2.0)])
         ],
         "drafts": [
