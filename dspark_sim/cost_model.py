@@ -20,6 +20,7 @@ import numpy.typing as npt
 from dspark_sim.cost_curve import Curve, FloatArray
 from dspark_sim.cost_parts import Part, part_from_json, part_to_json
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.files import whole_file
 
 _PARTS = ("verify", "draft", "prefill", "host", "prefill_host")
 HARDWARE_KEYS = ("device", "model", "dtype", "num_threads")
@@ -205,12 +206,9 @@ class CostModel:
         UserError
             If the file cannot be written.
         """
-        path = Path(path)
-        with explain_os_errors(path, "write"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
+        with whole_file(path) as partial:
+            # A fit's error may be no number, which JSON proper does not have.
             partial.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-            partial.rename(path)
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; `from_json` reads it back."""

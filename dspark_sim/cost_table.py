@@ -20,6 +20,7 @@ from typing import Any
 from dspark_sim.cost_curve import Curve
 from dspark_sim.cost_model import CostModel
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.files import whole_file
 
 PROBES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Batch tokens at which a cost model is written out unless others are chosen."""
@@ -118,10 +119,6 @@ def write_sglang_table(
     UserError
         As `sglang_table`, and if the file cannot be written.
     """
-    path = Path(path)
     text = json.dumps(sglang_table(cost, probes, context_len=context_len, draft_len=draft_len), indent=1) + "\n"
-    with explain_os_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+    with whole_file(path) as partial:
         partial.write_text(text)
-        partial.rename(path)

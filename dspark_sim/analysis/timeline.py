@@ -23,7 +23,8 @@ import pandas as pd
 
 from dspark_sim.analysis.vllm_export import scheduled_instants
 from dspark_sim.analysis.window import Window
-from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.errors import UserError
+from dspark_sim.files import whole_file
 from dspark_sim.trace import SPANS, Trace
 
 Event = dict[str, Any]
@@ -91,21 +92,13 @@ def write_timeline(trace: Trace, path: Path | str, **options: Any) -> Path:
     events = timeline(trace, **options)
     first = next(events)
     other = {"clock": trace.clock, "policy": str(trace.config.get("policy", "unknown"))}
-    with explain_os_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                # Event by event: a long run's list would not fit in memory.
-                file.write('{"displayTimeUnit": "ms", "otherData": ' + json.dumps(other) + ', "traceEvents": [\n')
-                file.write(json.dumps(first, allow_nan=False))
-                for event in events:
-                    file.write(",\n" + json.dumps(event, allow_nan=False))
-                file.write("\n]}\n")
-            partial.rename(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        # Event by event: a long run's list would not fit in memory.
+        file.write('{"displayTimeUnit": "ms", "otherData": ' + json.dumps(other) + ', "traceEvents": [\n')
+        file.write(json.dumps(first, allow_nan=False))
+        for event in events:
+            file.write(",\n" + json.dumps(event, allow_nan=False))
+        file.write("\n]}\n")
     return path
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from dspark_sim.errors import UserError, explain_os_errors
+from dspark_sim.files import whole_file
 
 if TYPE_CHECKING:
     from dspark_sim.analysis.slo import Objectives
@@ -226,11 +227,8 @@ def write_json(document: Any, path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with explain_os_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.rename(path)
 
 
 def _draw(figure: Any, path: Path) -> None:
