@@ -50,6 +50,18 @@ def served(policy: Any, seed: int = 0, mode: str = "greedy", num_requests: int =
     return run, recorded
 
 
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_choices_by_a_late_load_on_several_servers_come_out_again(num_replicas: int) -> None:
+    recorded = toy_trace(8, 24, seed=3)
+    policy = make_policy("table", block_size=5, cost=COST, table=TABLE)
+    options = {"num_requests": 60, "load_lag": 4, "num_replicas": num_replicas, "scheduler": SMALL}
+    trace = simulate(recorded, policy, Poisson(40.0, 3), COST, **options)
+    assert check_decisions(trace, recording=recorded)
+    # By the load of the round itself they would be others.
+    now = Trace(trace.tables, trace.clock, {**trace.config, "load_lag": 0}, trace.provenance)
+    assert not check_decisions(now, recording=recorded)
+
+
 def reread(trace: Trace, folder: Path) -> Trace:
     return Trace.read(trace.write(folder))
 

@@ -14,6 +14,7 @@ Confidences are recorded in float32, as drafters give them. A choice that hangs 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -156,6 +157,7 @@ def decisions(
     edges = np.flatnonzero(np.diff(columns["step"], prepend=-1, append=-1))
     # Each replica has a controller of its own.
     controllers: dict[Any, Controller] = {}
+    loads: dict[Any, deque[tuple[int, int, int]]] = {}
     for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         rows = slice(begin, end)
         step = int(columns["step"][begin])
@@ -163,12 +165,16 @@ def decisions(
         replica = row.get("replica", 0)
         if replica not in controllers:
             controllers[replica] = policy.start()
+            loads[replica] = deque(maxlen=int(trace.config.get("load_lag", 0)) + 1)
         controller = controllers[replica]
+        # The policy saw the load of so many rounds ago.
+        loads[replica].append((end - begin, row["num_waiting"], row["context_tokens"]))
+        num_running, num_waiting, context_tokens = loads[replica][0]
         load = LoadView(
             step=step,
-            num_running=end - begin,
-            num_waiting=row["num_waiting"],
-            context_tokens=row["context_tokens"],
+            num_running=num_running,
+            num_waiting=num_waiting,
+            context_tokens=context_tokens,
             block_size=block_size,
             request_ids=tuple(columns["request_id"][rows].tolist()),
         )

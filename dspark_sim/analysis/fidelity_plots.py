@@ -50,6 +50,10 @@ def write_figures(out: Path, errors: pd.DataFrame, note: str = "") -> list[Path]
     return paths
 
 
+def _shown_split(errors: pd.DataFrame) -> str:
+    return "held-out policy" if (errors["split"] == "held-out policy").any() else str(errors["split"].iloc[0])
+
+
 def live_against_simulated(errors: pd.DataFrame, note: str = "") -> Figure:
     """A point a cell, live across and simulated up, with the line where they are equal.
 
@@ -60,7 +64,7 @@ def live_against_simulated(errors: pd.DataFrame, note: str = "") -> Figure:
     note
         Caption.
     """
-    split = "held-out policy" if (errors["split"] == "held-out policy").any() else str(errors["split"].iloc[0])
+    split = _shown_split(errors)
     frame = errors[errors["split"] == split]
     styles = dict(zip(dict.fromkeys(frame["policy"]), zip(PALETTE, MARKERS, strict=True), strict=False))
     figure, axes = plt.subplots(1, len(SCATTER), figsize=(13.5, 4.3))
@@ -151,7 +155,7 @@ def throughput(errors: pd.DataFrame, note: str = "") -> Figure:
     note
         Caption.
     """
-    split = "held-out policy" if (errors["split"] == "held-out policy").any() else str(errors["split"].iloc[0])
+    split = _shown_split(errors)
     chosen = (errors["split"] == split) & (errors["arrivals"] == "closed") & (errors["metric"] == "output_throughput")
     frame = errors[chosen]
     figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.6), sharey=True)

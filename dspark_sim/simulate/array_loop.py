@@ -25,18 +25,11 @@ from dspark_sim.request import Request
 from dspark_sim.scheduler import SchedulerConfig, longest_sequence
 from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.array_recorder import ArrayRecorder
+from dspark_sim.simulate.batch import Batch
 from dspark_sim.simulate.block_tables import BlockTables
 from dspark_sim.simulate.executor import look_up
 
 IntArray = npt.NDArray[np.int64]
-
-# Columns of the batch. All of them move by the tokens emitted, the first three down and the others up.
-_HEADROOM = 0  # places in a request's pages behind its context, its anchor and a whole block of drafts
-_LEFT = 1  # output tokens until it ends
-_ROOM = 2  # drafts that fit before its longest output
-_ROW = 3  # row of its anchor in the tables
-_POSITION = 4  # absolute position of its anchor
-_NUM_COLUMNS = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -105,29 +98,18 @@ class ArrayLoop:
         self._prefilling: deque[_Prefill] = deque()
         self._given_up: list[tuple[Request, float]] = []
         self._views: deque[LoadView] = deque(maxlen=load_lag + 1)
-        self._requests: list[Request] = []
-        self._id_list: list[int] = []
-        self._ids: tuple[int, ...] = ()
-        self._context_tokens = 0
+        self._batch = Batch(config.page_size, self.reserve)
         self._facts: dict[int, tuple[int, int, int, int, int]] = {}
-        self._state = np.zeros((_NUM_COLUMNS, 16), dtype=np.int64)
-        self._pages = np.zeros(16, dtype=np.int64)
-        self._join(())
 
     @property
     def has_work(self) -> bool:
         """Whether an iteration would do anything."""
-        return bool(self._requests or self.waiting or self._prefilling or self._given_up)
+        return bool(self._batch.requests or self.waiting or self._prefilling or self._given_up)
 
     @property
     def num_running(self) -> int:
         """Requests in the batch, those whose prompts are being read among them."""
-        return len(self._requests) + len(self._prefilling)
-
-    @property
-    def kv_usage(self) -> float:
-        """Fraction of the pages in use."""
-        return 1.0 - self.free_pages / self.config.num_pages
+        return len(self._batch.requests) + len(self._prefilling)
 
     def submit(self, request: Request) -> bool:
         """Queue a request; its `arrival` must be set.
@@ -180,32 +162,36 @@ class ArrayLoop:
     def _mixed(self, now: float) -> float:
         """A decode round of all requests that can, beside which prompts are read as far as the budget goes."""
         self._grow()
-        num = len(self._requests)
-        load = self._load()
-        draft_len = min(self.controller.draft_len(load), self.block_size) if num else 0
+        batch = self._batch
+        num = len(batch.requests)
+        draft_len = 0
+        if num:
+            load = self._load()
+            draft_len = min(self.controller.draft_len(load), self.block_size)
         chunks = self._chunks(num * (1 + draft_len)) if self.config.enable_chunked_prefill else []
         if not num and not chunks:
             raise UserError("the KV cache is too small to hold one waiting request; raise num_pages")
         num_prefill_tokens = sum(size for _, size in chunks) if chunks else 0
         num_running, num_waiting = self.num_running, len(self.waiting)
         if num:
-            rows = self._rows
-            drafted = np.minimum(self._room, self.tables.draft_lens(rows, draft_len))
+            rows = batch.rows
+            drafted = np.minimum(batch.room, self.tables.draft_lens(rows, draft_len))
             survival = (
                 self.tables.survival(rows, draft_len, drafted) if self._looks else self.tables.blank(num, draft_len)
             )
             verify = np.minimum(self.controller.verify_lens(load, survival), drafted)
             accepted = np.minimum(verify, self.tables.num_accepted.take(rows))
-            emitted = np.minimum(accepted + self._ones, self._left)
+            emitted = np.minimum(accepted + batch.ones, batch.left)
             self.controller.observe(load, verify, accepted)
-            batch_tokens = num + int(verify.dot(self._ones)) + num_prefill_tokens
-            context = self._context_tokens + (sum(chunk.done for chunk, _ in chunks) if chunks else 0)
-            draft_seconds = self.cost.draft_seconds(num, draft_len, self._context_tokens) if draft_len else 0.0
-            spent = self.cost.step_seconds(batch_tokens, context, num + len(chunks))
+            batch_tokens = num + int(verify.dot(batch.ones)) + num_prefill_tokens
+            context = batch.context_tokens
+            draft_seconds = self.cost.draft_seconds(num, draft_len, context) if draft_len else 0.0
+            read = sum(chunk.done for chunk, _ in chunks) if chunks else 0
+            spent = self.cost.step_seconds(batch_tokens, context + read, num + len(chunks))
             measured = draft_seconds + spent
             seconds = measured + self.cost.host_seconds(num + len(chunks))
             spans = (0.0, draft_seconds, spent)
-            self.recorder.rounds((self._ids, rows.copy(), self._positions.copy(), drafted, verify, emitted))
+            self.recorder.rounds((batch.ids, rows.copy(), batch.positions.copy(), drafted, verify, emitted))
         else:
             batch_tokens, context = num_prefill_tokens, 0
             measured = self.cost.prefill_seconds(
@@ -228,11 +214,11 @@ class ArrayLoop:
     def _load(self) -> LoadView:
         view = LoadView(
             self.num_steps,
-            len(self._requests),
+            len(self._batch.requests),
             len(self.waiting),
-            self._context_tokens,
+            self._batch.context_tokens,
             self.block_size,
-            self._ids,
+            self._batch.ids,
         )
         if self._views.maxlen == 1:
             return view
@@ -243,69 +229,29 @@ class ArrayLoop:
         )
 
     def _commit(self, emitted: IntArray, now: float) -> None:
-        np.subtract(self._down, emitted, out=self._down)
-        np.add(self._up, emitted, out=self._up)
-        self._context_tokens += int(emitted.dot(self._ones))
-        if np.count_nonzero(self._left) < len(self._requests):
-            self._leave(np.flatnonzero(self._left == 0), now)
+        batch = self._batch
+        batch.advance(emitted)
+        if np.count_nonzero(batch.left) < len(batch.requests):
+            self._leave(np.flatnonzero(batch.left == 0).tolist(), now)
 
-    def _leave(self, places: IntArray, now: float) -> None:
+    def _leave(self, places: list[int], now: float) -> None:
         """Take finished requests out of the batch and free their pages."""
-        for place in places.tolist():
-            request = self._requests[place]
-            request.num_generated = int(self._state[_POSITION, place]) - request.prompt_len + 1
+        for request in self._take_out(places):
             _, output_len, stops, _, _ = self._facts[request.request_id]
             request.finish_reason = "stop" if stops and request.num_generated == output_len else "length"
             request.finish = now
             self._close(request)
-        self.free_pages += int(self._pages[places].sum())
-        self._drop(places)
+
+    def _take_out(self, places: list[int]) -> list[Request]:
+        """Requests at some places of the batch, which leave it; their pages are free."""
+        requests, pages = self._batch.remove(places)
+        self.free_pages += pages
+        return requests
 
     def _close(self, request: Request) -> None:
         del self._facts[request.request_id]
         self.finished.append(request)
         self.recorder.finish(request)
-
-    def _drop(self, places: IntArray) -> None:
-        for place in sorted(places.tolist(), reverse=True):
-            num = len(self._requests) - 1
-            self._context_tokens -= int(self._state[_POSITION, place])
-            self._state[:, place:num] = self._state[:, place + 1 : num + 1]
-            self._pages[place:num] = self._pages[place + 1 : num + 1]
-            del self._requests[place], self._id_list[place]
-        self._view()
-
-    def _join(self, new: Sequence[tuple[Request, int]]) -> None:
-        """Put requests with their pages behind the batch."""
-        before = len(self._requests)
-        num = before + len(new)
-        if num > self._pages.size:
-            wider = max(num, 2 * self._pages.size)
-            self._state = np.pad(self._state, ((0, 0), (0, wider - self._pages.size)))
-            self._pages = np.pad(self._pages, (0, wider - self._pages.size))
-        for place, (request, pages) in enumerate(new, before):
-            first_row, output_len, _, max_tokens, prompt_len = self._facts[request.request_id]
-            done = request.num_generated
-            self._state[:, place] = (
-                pages * self.config.page_size - request.context_len - self.reserve,
-                min(output_len, max_tokens) - done,
-                max_tokens - done - 1,
-                first_row + done - 1,
-                prompt_len + done - 1,
-            )
-            self._pages[place] = pages
-            self._requests.append(request)
-            self._id_list.append(request.request_id)
-            self._context_tokens += prompt_len + done - 1
-        self._view()
-
-    def _view(self) -> None:
-        """The columns of the batch as it is now."""
-        num = len(self._requests)
-        self._ids = tuple(self._id_list)
-        self._down, self._up = self._state[:_ROW, :num], self._state[_ROW:, :num]
-        self._headroom, self._left, self._room, self._rows, self._positions = self._state[:, :num]
-        self._ones = np.ones(num, dtype=np.int64)
 
     def _pages_for(self, request: Request) -> int:
         return -(-(request.context_len + self.reserve) // self.config.page_size)
@@ -352,7 +298,7 @@ class ArrayLoop:
             else:
                 staying.append((request, pages))
         if staying:
-            self._join(staying)
+            self._batch.add([(request, pages, self._facts[request.request_id]) for request, pages in staying])
 
     def _chunks(self, decode_tokens: int) -> list[tuple[_Prefill, int]]:
         """Prompts to read in this iteration, and how many tokens of each: those begun first, then new ones."""
@@ -390,8 +336,8 @@ class ArrayLoop:
 
     def _grow(self) -> None:
         """Give every request room for a round; where there is none, the ones admitted last go back to the queue."""
-        num, headroom = len(self._requests), self._headroom
-        if not num:
+        batch, headroom = self._batch, self._batch.headroom
+        if not batch.requests:
             return
         least = headroom[headroom.argmin()]
         if least >= 0:
@@ -401,56 +347,37 @@ class ArrayLoop:
             short = np.flatnonzero(headroom < 0)
             if short.size <= self.free_pages:
                 self.free_pages -= short.size
-                self._pages[short] += 1
+                batch.pages[short] += 1
                 headroom[short] += self.config.page_size
                 return
-        missing = np.maximum(-(headroom // self.config.page_size), 0)
-        total = int(missing.sum())
-        if total <= self.free_pages:
-            self.free_pages -= total
-            self._pages[:num] += missing
-            headroom += missing * self.config.page_size
-            return
-        preempted: list[int] = []
-        last = num - 1
-        for place, pages in enumerate(missing.tolist()):
-            if place > last:
+        for place, pages in enumerate(np.maximum(-(headroom // self.config.page_size), 0).tolist()):
+            if place >= len(batch.requests):
                 break
-            while pages > self.free_pages and (self._prefilling or last > place):
-                last = self._preempt(last, preempted)
+            while pages > self.free_pages and (self._prefilling or len(batch.requests) > place + 1):
+                self._preempt()
             if pages > self.free_pages:
-                last = self._preempt(last, preempted)
+                self._preempt()
                 break
             self.free_pages -= pages
-            self._pages[place] += pages
-            headroom[place] += pages * self.config.page_size
-        self._drop(np.array(preempted, dtype=np.int64))
+            batch.pages[place] += pages
+            batch.headroom[place] += pages * self.config.page_size
 
-    def _preempt(self, last: int, preempted: list[int]) -> int:
-        """Send back whoever was admitted last; returns the place of the last one that stays."""
+    def _preempt(self) -> None:
+        """Send back whoever was admitted last."""
         if self._prefilling:
             chunk = self._prefilling.pop()
-            self._requeue(chunk.request, chunk.pages)
-            return last
-        request = self._requests[last]
-        request.num_generated = int(self._state[_POSITION, last]) - request.prompt_len + 1
-        self._requeue(request, int(self._pages[last]))
-        preempted.append(last)
-        return last - 1
-
-    def _requeue(self, request: Request, pages: int) -> None:
-        self.free_pages += pages
+            self.free_pages += chunk.pages
+            request = chunk.request
+        else:
+            (request,) = self._take_out([len(self._batch.requests) - 1])
         request.num_preemptions += 1
         self.waiting.appendleft(request)
 
     def _abort(self) -> None:
         """Take out requests whose users have gone."""
         for request, when in self._given_up:
-            if request in self._requests:
-                place = self._requests.index(request)
-                request.num_generated = int(self._state[_POSITION, place]) - request.prompt_len + 1
-                self.free_pages += int(self._pages[place])
-                self._drop(np.array([place]))
+            if request in self._batch.requests:
+                self._take_out([self._batch.requests.index(request)])
             else:
                 chunk = next((chunk for chunk in self._prefilling if chunk.request is request), None)
                 if chunk is None:
