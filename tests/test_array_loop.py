@@ -26,7 +26,7 @@ from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.executor import ReplayExecutor
 from dspark_sim.simulate.processes import RoundRobin, Server, source, user
 from dspark_sim.trace import Trace, TraceRecorder
-from dspark_sim.workload import ClosedLoop, Poisson
+from dspark_sim.workload import ClosedLoop, Deterministic, Poisson
 
 GAMMA = 5
 PATIENCE = st.sampled_from([None, 0.05, 0.4])
@@ -347,3 +347,25 @@ def test_chunks_read_what_is_in_the_cache_already():
     steps = simulate(trace, Fixed(0), ClosedLoop(1), cost, scheduler=config).steps
     reading = steps[steps["num_prefill_tokens"] > 0]
     assert reading["step_seconds"].tolist() == list(range(0, prompt_len, 5))
+
+
+def test_a_mixed_pass_reads_the_prompts_that_it_goes_on_with():
+    trace = toy_trace(6, 24, GAMMA, 0.8, 1)
+    cost = CostModel(verify=Curve(linear=(("context_tokens", 1.0),)))
+    config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=9, enable_chunked_prefill=True)
+    run = simulate(trace, Fixed(GAMMA), ClosedLoop(2), cost, num_requests=18, scheduler=config)
+    steps = run.steps
+    # With two requests at most one is read beside a round, and prompts are read one after the other.
+    ends = np.cumsum(run.requests.sort_values("request_id")["prompt_len"])
+    before = np.cumsum(steps["num_prefill_tokens"]) - steps["num_prefill_tokens"]
+    begun = before - np.concatenate(([0], ends))[np.searchsorted(ends, before, side="right")]
+    mixed = (steps["draft_len"] > 0) & (steps["num_prefill_tokens"] > 0)
+    assert (begun[mixed] > 0).any()
+    np.testing.assert_array_equal(steps["verify_seconds"][mixed], (steps["context_tokens"] + begun)[mixed])
+
+
+def test_a_server_that_has_answered_owes_nothing():
+    trace = toy_trace(6, 24, GAMMA, 0.8, 1)
+    apart = Deterministic(0.001)
+    run = simulate(trace, Fixed(2), apart, COST, num_requests=12, num_replicas=2, router="least_outstanding_tokens")
+    assert (run.steps["replica"] == 0).all()
