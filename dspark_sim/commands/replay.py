@@ -43,6 +43,9 @@ class Simulate:
     """Requests to serve; the recorded prompts are repeated. A law needs the number."""
     load: tyro.conf.OmitArgPrefixes[LoadOptions] = LoadOptions()
     server: tyro.conf.OmitArgPrefixes[ServerOptions] = ServerOptions()
+    mix: str | None = None
+    """Shares of domains, such as math:2,code:1; they drift to later ones given by place in the list of requests:
+    "math:1 0.5=code:1 1=chat:1"."""
     allow_biased: bool = False
     """Also run argmax and tetris on a recording of mode rejection, where they would change the output if run live."""
     noise_seed: int | None = None
@@ -56,6 +59,7 @@ class Simulate:
         """Run it."""
         from dspark_sim.api import simulate
         from dspark_sim.cost import CostModel
+        from dspark_sim.mixes import parse_mix
         from dspark_sim.trace import Trace, refuse_foreign
 
         if self.out is not None:
@@ -83,6 +87,7 @@ class Simulate:
             num_requests=self.num_requests,
             allow_biased=self.allow_biased,
             noise_seed=self.noise_seed,
+            mix=None if self.mix is None else parse_mix(self.mix, self.load.seed),
             progress=True,
         )
         if self.out is not None:

@@ -64,6 +64,10 @@ class BlockTables:
             return full(len(rows), draft_len)
         return np.minimum(self.whole.take(rows), draft_len)
 
+    def accepted(self, rows: IntArray, verify: IntArray) -> IntArray:
+        """Drafts accepted [R] of the first `verify` ones [R] of the blocks at anchors [R]."""
+        return np.minimum(verify, self.num_accepted.take(rows))
+
     def survival(self, rows: IntArray, draft_len: int, drafted: IntArray) -> FloatArray:
         """[R, draft_len], 0 behind the `drafted` ones of a row."""
         assert self.survival_rows is not None

@@ -28,6 +28,7 @@ from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.array_loop import ArrayLoop
 from dspark_sim.simulate.array_recorder import ArrayRecorder, Detail, trace_of
 from dspark_sim.simulate.block_tables import BlockTables
+from dspark_sim.simulate.kernels import Kernels, compiled_kernels, has_numba
 from dspark_sim.simulate.processes import LeastOutstandingTokens, RoundRobin, Server, source, user
 from dspark_sim.simulate.synthetic import SyntheticAcceptance
 from dspark_sim.simulate.synthetic_anchors import as_anchors
@@ -35,6 +36,9 @@ from dspark_sim.trace import Trace
 from dspark_sim.workload import ClosedLoop, Workload
 
 RouterName = Literal["round_robin", "least_outstanding_tokens"]
+Backend = Literal["auto", "arrays", "compiled"]
+# Loading the compiled kernels takes as long as some hundreds of requests.
+_WORTH_COMPILING = 500
 _NOISE_STRIDE = 1_000_003
 
 
@@ -54,6 +58,7 @@ def simulate(
     router: RouterName = "round_robin",
     load_lag: int = 0,
     detail: Detail = "rounds",
+    backend: Backend = "auto",
     seed: int = 0,
     progress: bool = False,
 ) -> Trace:
@@ -94,6 +99,9 @@ def simulate(
     detail
         What the trace holds: ``rounds`` everything, ``steps`` no table `drafts`, ``requests`` only requests. Long runs
         need less memory with less.
+    backend
+        How decode rounds are played: ``arrays`` by numpy, ``compiled`` by machine code (the package numba), with the
+        same result to the bit. ``auto`` compiles if numba is installed and the run is long enough to gain by it.
     seed
         Added to the seed of the workload, which keys arrivals and think times; 0 leaves it. Also the seed of a law's
         luck.
@@ -108,7 +116,8 @@ def simulate(
     Raises
     ------
     UserError
-        If there is nothing to replay, the block size is above the recorded one, the policy needs confidences that
+        If numba is asked for and missing, there is nothing to replay, the block size is above the recorded one, the
+        policy needs confidences that
         were not recorded, or no request fits the server (one among others is refused: its `finish_reason` says so).
     """
     whole = as_anchors(recorded, num_requests, seed)
@@ -120,6 +129,7 @@ def simulate(
     limits = scheduler or _ample(requests, workload, anchors.block_size)
     recorders = [ArrayRecorder(detail) for _ in range(num_replicas)]
     tables = BlockTables.of(anchors, policy)
+    kernels = _kernels(backend, len(requests))
     loops = [
         ArrayLoop(
             anchors,
@@ -130,6 +140,7 @@ def simulate(
             allow_biased=allow_biased,
             load_lag=load_lag,
             tables=tables,
+            kernels=kernels,
         )
         for number, recorder in enumerate(recorders)
     ]
@@ -165,6 +176,15 @@ def simulate(
     config = json.loads(json.dumps(config))
     noisy = noise_seed is not None
     return trace_of(recorders, anchors, policy, cost, limits.num_pages, config, provenance(seed=seed), noisy=noisy)
+
+
+def _kernels(backend: Backend, num_requests: int) -> Kernels | None:
+    if backend == "compiled" and not has_numba():
+        raise UserError(
+            "backend is compiled and the package numba is not installed; install dspark-sim[fast], or use arrays"
+        )
+    worth = num_requests >= _WORTH_COMPILING and has_numba()
+    return compiled_kernels() if backend == "compiled" or (backend == "auto" and worth) else None
 
 
 def _is_lagged(policy: SpeculationPolicy) -> bool:
