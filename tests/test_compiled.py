@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_cost, toy_trace
 
+from dspark_sim.cost import CostModel, Curve
 from dspark_sim.errors import UserError
 from dspark_sim.policy import Fixed, PrefixScheduler, admit_prefixes, admits_by_algorithm_1, fixed_length
 from dspark_sim.policy_history import Parked
 from dspark_sim.policy_ranked import GlobalArgmax
-from dspark_sim.simulate import run, simulate
+from dspark_sim.simulate import array_recorder, run, simulate
 from dspark_sim.simulate.kernels import NUM_COLUMNS, ROOM, ROW, compiled_kernels, plain_kernels
 from dspark_sim.workload import ClosedLoop
 
@@ -69,6 +70,46 @@ def test_plain_kernels_make_the_same_run(monkeypatch, policy):
     ours = simulate(trace, policy, ClosedLoop(4), COST, num_requests=24, backend="compiled")
     for name in ("requests", "steps", "drafts"):
         pd.testing.assert_frame_equal(ours.tables[name].to_pandas(), arrays.tables[name].to_pandas(), check_exact=True)
+
+
+@pytest.mark.parametrize("policy", [Fixed(5), PrefixScheduler(COST)], ids=lambda policy: policy.label())
+def test_a_late_load_is_seen_by_known_policies_too(policy):
+    """Context counts in the price, so that a load of three rounds ago chooses otherwise."""
+    cost = CostModel(verify=Curve((1.0, 40.0), (1.0, 8.0), (("context_tokens", 0.01),)))
+    policy = PrefixScheduler(cost) if isinstance(policy, PrefixScheduler) else policy
+    trace = toy_trace(6, 24, 5, 0.8, 1)
+    runs = {
+        (backend, lag): simulate(trace, policy, ClosedLoop(4), cost, num_requests=24, backend=backend, load_lag=lag)
+        for backend in ("arrays", "compiled")
+        for lag in (0, 3)
+    }
+    for lag in (0, 3):
+        assert runs["arrays", lag].tables["drafts"].equals(runs["compiled", lag].tables["drafts"])
+    differ = not runs["arrays", 0].tables["drafts"].equals(runs["arrays", 3].tables["drafts"])
+    assert differ == isinstance(policy, PrefixScheduler)
+
+
+def test_seconds_that_fall_are_smoothed_as_the_policy_does():
+    """A size that is slower than the next one: Algorithm 1 goes by the nearest curve that does not fall."""
+    cost = CostModel(verify=Curve((1.0, 6.0, 7.0, 8.0, 40.0), (1.0, 1.1, 1.6, 1.2, 2.0)))
+    assert (np.diff(cost.round_table(2, 5, 0)) < 0).any()
+    trace = toy_trace(6, 24, 5, 0.8, 1)
+    runs = [
+        simulate(trace, PrefixScheduler(cost), ClosedLoop(2), cost, num_requests=24, backend=backend)
+        for backend in ("arrays", "compiled")
+    ]
+    assert runs[0].tables["drafts"].equals(runs[1].tables["drafts"]) and len(runs[0].drafts)
+
+
+def test_full_buffers_lose_nothing(monkeypatch):
+    trace = toy_trace(6, 24, 5, 0.8, 1)
+    whole = simulate(trace, Fixed(2), ClosedLoop(6), COST, num_requests=24)
+    # Less room than rounds of one iteration, and room for two iterations.
+    for size in (4, 14):
+        monkeypatch.setattr(array_recorder, "_ROUNDS", size)
+        for backend in ("arrays", "compiled"):
+            ours = simulate(trace, Fixed(2), ClosedLoop(6), COST, num_requests=24, backend=backend)
+            assert ours.tables["drafts"].equals(whole.tables["drafts"])
 
 
 def test_without_numba_the_arrays_serve_and_asking_for_it_is_refused(monkeypatch):

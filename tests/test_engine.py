@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from dspark_sim.analysis.decisions import check_decisions, cost_of
 from dspark_sim.analysis.fidelity import rounds_equal  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
 from dspark_sim.engine.executor import TorchExecutor  # noqa: E402
@@ -114,6 +115,14 @@ def test_replay_at_another_length_equals_a_second_live_run(engine, live, verify_
     cost = CostModel(verify=COST, provenance=engine.hardware)
     verdict = rounds_equal(again, simulate(anchored, Fixed(verify_len), ClosedLoop(3), cost))
     assert verdict, verdict.message
+
+
+def test_a_live_trace_explains_itself(engine):
+    """Choices made again from the trace, with the cost table that it carries."""
+    _, policy = _policies(engine)["prefix"]
+    trace = _record(engine, policy, 3, max_tokens=8)
+    assert cost_of(trace) == policy.cost and check_decisions(trace)
+    assert cost_of(_record(engine, Fixed(2), 3, PROMPTS[:1], max_tokens=2)) is None
 
 
 @pytest.mark.parametrize("name", ["ngram", "dflash"])
