@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from dspark_sim.analysis.decisions import check_decisions, cost_of
+from dspark_sim.analysis.decisions import check_decisions, cost_of  # noqa: E402
 from dspark_sim.analysis.fidelity import rounds_equal  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
 from dspark_sim.engine.executor import TorchExecutor  # noqa: E402
