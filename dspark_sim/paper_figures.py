@@ -110,7 +110,7 @@ def compared(quantity: str, ours: float, paper: float | None, unit: str, interva
 
 
 def write(
-    figure: PaperFigure, out: Path, *, scale: Scale | None = None, seconds: float | None = None, script: str | None = None
+    figure: PaperFigure, out: Path, *, scale: Scale | None = None, seconds: float | None = None, script: Path | None = None
 ) -> list[Path]:
     """Write a figure's files; the last one, ``name.json``, marks the others as complete.
 
@@ -123,7 +123,7 @@ def write(
     scale, seconds
         At what scale and how long it was made.
     script
-        `digest` of the script that made it.
+        The script that made it; a figure is complete as long as its script does not change.
 
     Returns
     -------
@@ -155,7 +155,8 @@ def write(
             frame.to_csv(partial, index=False, lineterminator="\n")
     document = {
         **{"name": figure.name, "title": figure.title, "scale": scale, "setting": figure.setting},
-        **{"differs": figure.differs, "files": [path.name for path in paths], "seconds": seconds, "script": script},
+        **{"differs": figure.differs, "files": [path.name for path in paths], "seconds": seconds},
+        "script": None if script is None else {"name": script.stem, "digest": digest(script)},
         "provenance": provenance(),
     }
     write_json(mark, document)
@@ -181,7 +182,8 @@ def read_mark(name: str, out: Path) -> dict[str, Any] | None:
 def is_complete(script: Path, out: Path, scale: Scale) -> bool:
     """Whether a script, as it is now, has finished at this scale."""
     document = read_mark(script.stem, out)
-    return document is not None and document.get("scale") == scale and document.get("script") == digest(script)
+    own = {"name": script.stem, "digest": digest(script)}
+    return document is not None and document.get("scale") == scale and document.get("script") == own
 
 
 def run_script(make: Make, scale: Scale, out: Path) -> list[PaperFigure]:
@@ -199,7 +201,7 @@ def run_script(make: Make, scale: Scale, out: Path) -> list[PaperFigure]:
         found = figures[0].name if figures else "none"
         raise UserError(f"the first figure of {script.name} is {found}; name it {script.stem}")
     for figure in reversed(figures):
-        write(figure, out, scale=scale, seconds=perf_counter() - start, script=digest(script))
+        write(figure, out, scale=scale, seconds=perf_counter() - start, script=script)
     return figures
 
 
