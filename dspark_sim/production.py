@@ -1,0 +1,172 @@
+"""The paper's production result (its Figures 7 and 8) predicted from its baseline: the simulated servers.
+
+`production_inputs` says what goes in. Requests of one GPU are served in a closed loop by the simulator, under the
+baseline's drafter and under DSpark's, by policies that are the engine's own. Prompts are read elsewhere (prefill takes
+no time here), every output has the same length, and a user asks again at once, so concurrency is constant.
+
+Throughput is tokens per second and GPU, concurrency is requests per GPU, budgets count the anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from dspark_sim.cost import CostModel
+from dspark_sim.errors import UserError
+from dspark_sim.policy import Fixed, PrefixScheduler, SpeculationPolicy
+from dspark_sim.policy_ranked import LaggedPrefixScheduler
+from dspark_sim.production_inputs import BLOCK_SIZE, Priors, costs, laws, published_baseline
+from dspark_sim.simulate.acceptance import RecordedAnchors
+from dspark_sim.simulate.run import simulate
+from dspark_sim.simulate.synthetic import SyntheticAcceptance
+from dspark_sim.simulate.synthetic_anchors import synthetic_anchors
+from dspark_sim.trace import Trace
+from dspark_sim.workload import ClosedLoop
+
+FloatArray = npt.NDArray[np.float64]
+Served = Literal["mtp-1", "fixed-5", "prefix", "lagged-2"]
+"""What is served: the baseline, all five drafts always, Algorithm 1, and its form with a lag of two rounds."""
+SERVED: tuple[Served, ...] = get_args(Served)
+CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 210)
+
+# Purpose of random numbers.
+_RESIDUAL = 0x9E51
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def dspark_requests(priors: Priors, num_requests: int, seed: int = 0) -> RecordedAnchors:
+    """Requests whose blocks follow `laws`, domains spread evenly over the list."""
+    shares = np.asarray(priors.domain_shares)
+    shares = shares[shares > 0] / shares.sum()
+    by_domain = laws(priors)
+    # Multiples of the golden ratio: every stretch of the list has all but exactly the shares.
+    place = np.searchsorted(np.cumsum(shares)[:-1], (np.arange(num_requests) * _GOLDEN) % 1.0, side="right")
+    domains = [list(by_domain)[index] for index in place.tolist()]
+    anchors = synthetic_anchors(
+        by_domain, num_requests, domains=domains, prompt_len=1, output_len=priors.output_len, seed=seed
+    )
+    return anchors.restricted(BLOCK_SIZE)
+
+
+def mtp_requests(priors: Priors, num_requests: int, seed: int = 0) -> RecordedAnchors:
+    """Requests whose one draft a round is accepted with the prior's probability."""
+    law = SyntheticAcceptance((priors.mtp_acceptance,), confidence=None)
+    return synthetic_anchors(law, num_requests, prompt_len=1, output_len=priors.output_len, seed=seed)
+
+
+def policy_of(served: Served, cost: CostModel) -> SpeculationPolicy:
+    """The policy that a name of `Served` stands for."""
+    policies: dict[Served, SpeculationPolicy] = {
+        "mtp-1": Fixed(1),
+        "fixed-5": Fixed(BLOCK_SIZE),
+        "prefix": PrefixScheduler(cost),
+        "lagged-2": LaggedPrefixScheduler(cost, lag=2),
+    }
+    if served not in policies:
+        raise UserError(f"no policy {served!r} is predicted; choose from {', '.join(SERVED)}")
+    return policies[served]
+
+
+def predict(
+    target_model: str,
+    priors: Priors | None = None,
+    concurrency: Iterable[int] = CONCURRENCY,
+    served: Iterable[Served] = SERVED,
+    *,
+    num_requests: int = 1000,
+    seed: int = 0,
+    on_point: Callable[[], Any] | None = None,
+) -> pd.DataFrame:
+    """Simulate a target in a closed loop at every concurrency.
+
+    Parameters
+    ----------
+    target_model
+        ``deepseek-v4-flash`` or ``deepseek-v4-pro``.
+    priors
+        ``None`` takes the central ones.
+    concurrency
+        Requests of one GPU.
+    served
+        Policies.
+    num_requests
+        Of a run, beside those that fill the server; the fewer, the noisier.
+    seed
+        Of the requests' luck. Policies meet the same.
+    on_point
+        Called after each run, to move a progress bar.
+
+    Returns
+    -------
+    DataFrame
+        A row per policy and concurrency: ``target_model, served, concurrency_requests, throughput_tok_s_gpu,
+        tps_tok_s_user, verification_budget_tokens, acceptance_length_tokens, round_seconds``.
+
+    Raises
+    ------
+    UserError
+        If the target or a policy is unknown.
+    """
+    priors = priors or Priors()
+    users, names = list(concurrency), list(served)
+    priced = costs(published_baseline(target_model), priors)
+    total = num_requests + max(users)
+    made: dict[str, RecordedAnchors] = {}
+    rows = []
+    for name in names:
+        drafter: Literal["mtp", "dspark"] = "mtp" if name == "mtp-1" else "dspark"
+        if drafter not in made:
+            made[drafter] = (mtp_requests if drafter == "mtp" else dspark_requests)(priors, total, seed)
+        for num_users in users:
+            anchors = under_way(made[drafter], num_users, num_users + num_requests, seed)
+            cost = priced[drafter]
+            trace = simulate(anchors, policy_of(name, cost), ClosedLoop(num_users), cost)
+            rows.append({"target_model": target_model, "served": name, "concurrency_requests": num_users, **_steady(trace)})
+            if on_point is not None:
+                on_point()
+    return pd.DataFrame(rows)
+
+
+def under_way(anchors: RecordedAnchors, num_users: int, num_requests: int, seed: int) -> RecordedAnchors:
+    """The first `num_requests` requests, those that fill the server at the start being somewhere on their way.
+
+    What is left of a request met at a random time is uniform over its length, so the run is steady from its start.
+    """
+    names = anchors.request_prompts[:num_requests]
+    left = np.random.default_rng((seed, num_users, _RESIDUAL)).random(num_users)
+    prompts = {name: anchors.prompts[name] for name in names}
+    for name, part in zip(names[:num_users], left.tolist(), strict=True):
+        whole = prompts[name]
+        rest = 2 + int(part * (whole.output_len - 1))
+        prompts[name] = replace(whole, output_len=rest, max_tokens=rest)
+    return replace(anchors, prompts=prompts, request_prompts=names)
+
+
+def _steady(trace: Trace) -> dict[str, float]:
+    """Rates over the decode rounds up to the last arrival, while the server is full."""
+    steps = trace.tables["steps"]
+    get = partial(_numbers, steps)
+    last = float(np.max(_numbers(trace.tables["requests"], "arrival")))
+    full = (get("batch_tokens") > 0) & (get("num_prefill_tokens") == 0) & (get("start") <= last)
+    step, emitted = (_numbers(trace.tables["drafts"], name) for name in ("step", "num_emitted"))
+    by_step = np.bincount(step.astype(np.int64), weights=emitted, minlength=steps.num_rows)
+    tokens, seconds = float(by_step[full].sum()), float(get("step_seconds")[full].sum())
+    rounds, num_steps = float(get("num_running")[full].sum()), int(full.sum())
+    return {
+        "throughput_tok_s_gpu": tokens / seconds,
+        "tps_tok_s_user": tokens / seconds / (rounds / num_steps),
+        "verification_budget_tokens": float(get("batch_tokens")[full].sum()) / rounds,
+        "acceptance_length_tokens": tokens / rounds,
+        "round_seconds": seconds / num_steps,
+    }
+
+
+def _numbers(table: Any, name: str) -> FloatArray:
+    return np.asarray(table[name].to_numpy(), dtype=np.float64)
