@@ -34,7 +34,7 @@ FloatArray = npt.NDArray[np.float64]
 Served = Literal["mtp-1", "fixed-5", "prefix", "lagged-2"]
 """What is served: the baseline, all five drafts always, Algorithm 1, and its form with a lag of two rounds."""
 SERVED: tuple[Served, ...] = get_args(Served)
-CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 210)
+CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 210, 260)
 
 # Purpose of random numbers.
 _RESIDUAL = 0x9E51
@@ -128,7 +128,9 @@ def predict(
             anchors = under_way(made[drafter], num_users, num_users + num_requests, seed)
             cost = priced[drafter]
             trace = simulate(anchors, policy_of(name, cost), ClosedLoop(num_users), cost)
-            rows.append({"target_model": target_model, "served": name, "concurrency_requests": num_users, **_steady(trace)})
+            rows.append(
+                {"target_model": target_model, "served": name, "concurrency_requests": num_users, **_steady(trace)}
+            )
             if on_point is not None:
                 on_point()
     return pd.DataFrame(rows)

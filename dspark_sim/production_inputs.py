@@ -109,7 +109,9 @@ class Priors:
             if not low <= value <= high:
                 raise UserError(f"{name} is {value}; give {low:g} to {high:g}")
         if min(self.domain_shares) < 0 or sum(self.domain_shares) <= 0:
-            raise UserError(f"domain_shares are {self.domain_shares}; give shares of math, code and chat, none negative")
+            raise UserError(
+                f"domain_shares are {self.domain_shares}; give shares of math, code and chat, none negative"
+            )
 
     @property
     def mtp_acceptance_length(self) -> float:
@@ -163,7 +165,14 @@ RANGES: tuple[Range, ...] = (
         "calibrated",
         "Figure 6 before and after sequential temperature scaling",
     ),
-    Range("cost of drafter layers", {"draft_cost": 2.0}, {"draft_cost": 0.5}, "× 2", "× 0.5", "small passes are launch-bound"),
+    Range(
+        "cost of drafter layers",
+        {"draft_cost": 2.0},
+        {"draft_cost": 0.5},
+        "× 2",
+        "× 0.5",
+        "small passes are launch-bound",
+    ),
     Range(
         "sequential head",
         {"head_seconds": 0.3e-3},
@@ -213,7 +222,7 @@ class Baseline:
 
     def round_seconds(self, priors: Priors) -> FloatArray:
         """T = N·τ / X at every concurrency."""
-        return np.asarray(self.concurrency) * priors.mtp_acceptance_length / np.asarray(self.throughput)
+        return np.asarray(np.asarray(self.concurrency) * priors.mtp_acceptance_length / np.asarray(self.throughput))
 
 
 def published_baseline(target_model: str) -> Baseline:
@@ -284,8 +293,8 @@ def laws(priors: Priors) -> dict[str, SyntheticAcceptance]:
         if share > 0:
             law = preset(drafter="dspark", domain=domain, calibration=priors.calibration)
             shifted = expit(logit(law.conditional_acceptance) + priors.acceptance_shift)
-            spreads = {name: priors.spread * getattr(law, name) for name in ("difficulty_sd", "anchor_sd", "position_sd")}
+            spreads = {
+                name: priors.spread * getattr(law, name) for name in ("difficulty_sd", "anchor_sd", "position_sd")
+            }
             found[domain] = replace(law, conditional_acceptance=tuple(shifted.tolist()), **spreads)
     return found
-
-
