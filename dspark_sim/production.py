@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from dspark_sim.cost import CostModel
+from dspark_sim.cost import CostModel, Curve
 from dspark_sim.errors import UserError
 from dspark_sim.policy import Fixed, PrefixScheduler, SpeculationPolicy
 from dspark_sim.policy_ranked import LaggedPrefixScheduler
-from dspark_sim.production_inputs import BLOCK_SIZE, Priors, costs, laws, published_baseline
+from dspark_sim.production_inputs import BLOCK_SIZE, RANGES, Priors, costs, laws, published_baseline
+from dspark_sim.production_scores import curve_errors
 from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.run import simulate
 from dspark_sim.simulate.synthetic import SyntheticAcceptance
@@ -61,8 +62,16 @@ def mtp_requests(priors: Priors, num_requests: int, seed: int = 0) -> RecordedAn
     return synthetic_anchors(law, num_requests, prompt_len=1, output_len=priors.output_len, seed=seed)
 
 
-def policy_of(served: Served, cost: CostModel) -> SpeculationPolicy:
-    """The policy that a name of `Served` stands for."""
+def policy_of(served: Served, cost: CostModel, priors: Priors) -> SpeculationPolicy:
+    """The policy that a name of `Served` stands for; `cost` is what rounds take.
+
+    Raises
+    ------
+    UserError
+        If there is no such name.
+    """
+    if priors.priced == "target":
+        cost = replace(cost, draft=Curve(), host=Curve())
     policies: dict[Served, SpeculationPolicy] = {
         "mtp-1": Fixed(1),
         "fixed-5": Fixed(BLOCK_SIZE),
@@ -116,7 +125,7 @@ def predict(
     """
     priors = priors or Priors()
     users, names = list(concurrency), list(served)
-    priced = costs(published_baseline(target_model), priors)
+    seconds = costs(published_baseline(target_model, priors.baseline), priors)
     total = num_requests + max(users)
     made: dict[str, RecordedAnchors] = {}
     rows = []
@@ -126,13 +135,53 @@ def predict(
             made[drafter] = (mtp_requests if drafter == "mtp" else dspark_requests)(priors, total, seed)
         for num_users in users:
             anchors = under_way(made[drafter], num_users, num_users + num_requests, seed)
-            cost = priced[drafter]
-            trace = simulate(anchors, policy_of(name, cost), ClosedLoop(num_users), cost)
+            cost = seconds[drafter]
+            trace = simulate(anchors, policy_of(name, cost, priors), ClosedLoop(num_users), cost)
             rows.append(
                 {"target_model": target_model, "served": name, "concurrency_requests": num_users, **_steady(trace)}
             )
             if on_point is not None:
                 on_point()
+    return pd.DataFrame(rows)
+
+
+def sensitivity(
+    target_model: str,
+    concurrency: Iterable[int] = (1, 4, 16, 64, 128, 210),
+    *,
+    num_requests: int = 300,
+    seed: int = 0,
+    on_point: Callable[[], Any] | None = None,
+) -> pd.DataFrame:
+    """Move one prior after another to the ends of its range, all others central, under `LaggedPrefixScheduler`.
+
+    Parameters
+    ----------
+    target_model, concurrency, num_requests, seed, on_point
+        As for `predict`; all runs meet the same luck.
+
+    Returns
+    -------
+    DataFrame
+        A row per prior and end, after one for the central values: ``target_model, prior, end, value, source`` and the
+        errors of `production_scores.curve_errors`.
+    """
+    places: list[tuple[str, str, str, str, Priors]] = [("central", "", "", "", Priors())]
+    for one in RANGES:
+        places.append((one.name, "low", one.low_label, one.source, Priors(**one.low)))
+        places.append((one.name, "high", one.high_label, one.source, Priors(**one.high)))
+    users = list(concurrency)
+    known: dict[Priors, dict[str, float]] = {}
+    rows = []
+    for name, end, value, source, priors in places:
+        if priors not in known:
+            curve = predict(
+                target_model, priors, users, ("lagged-2",), num_requests=num_requests, seed=seed, on_point=on_point
+            )
+            known[priors] = curve_errors(curve, target_model)
+        rows.append(
+            {"target_model": target_model, "prior": name, "end": end, "value": value, "source": source, **known[priors]}
+        )
     return pd.DataFrame(rows)
 
 

@@ -1,14 +1,14 @@
 """What the prediction of the paper's production result is made of: the published baseline, and priors.
 
 Of the production figures (7 and 8) only the MTP-1 throughput of Figure 8 goes in: tokens per second X of one GPU that
-serves N requests. In the paper's data X is N times the speed per user, so N is what *one* GPU serves (with data-parallel
-attention: one rank of it). MTP-1 verifies 2 tokens per request, so a round takes
+serves N requests. In the paper's data X is N times the speed per user, so N is what *one* GPU serves (with
+data-parallel attention: one rank of it). MTP-1 verifies 2 tokens per request, so a round takes
 
     T = N·τ / X    at B = 2N batch tokens,    τ = 1 + acceptance of the MTP draft,
 
-and as N runs from 1 to 350 (V4-Flash; the drawn line goes on beyond the visible axis) or 212 (V4-Pro), B covers 2 to 700
-or 2 to 424. DSpark's batches have up to 6N tokens. Beyond the baseline's, the target pass is continued by a straight
-line in seconds with the slope of its last tenth: a pass that is bound by arithmetic is linear in B.
+and as N runs from 1 to 350 (V4-Flash; the drawn line goes on beyond the visible axis) or 212 (V4-Pro), B covers 2 to
+700 or 2 to 424. DSpark's batches have up to 6N tokens. Beyond the baseline's, the target pass is continued by a
+straight line in seconds with the slope of its last tenth: a pass that is bound by arithmetic is linear in B.
 
 The acceptance of DSpark's drafts is that of the paper's offline figures for Qwen3-4B (`simulate.presets`). No number of
 a DSpark curve of Figures 7 and 8 goes in, and none of what the text says of them: `tests/test_production.py` changes
@@ -36,6 +36,7 @@ from dspark_sim.simulate.synthetic import SyntheticAcceptance
 from dspark_sim.workload import DOMAINS
 
 FloatArray = npt.NDArray[np.float64]
+BaselineFigure = Literal["figure8", "figure7"]
 BLOCK_SIZE = 5
 """γ in production (paper, section 5.1)."""
 DRAFT_LAYERS = 3
@@ -47,6 +48,8 @@ NUM_LAYERS: Mapping[str, int] = {"deepseek-v4-flash": 43, "deepseek-v4-pro": 61}
 @dataclass(frozen=True)
 class Priors:
     """What the published baseline does not say. Central values were fixed before anything was simulated.
+
+    `baseline` and `priced` became choices after the first run, which their central values are those of.
 
     Parameters
     ----------
@@ -76,6 +79,12 @@ class Priors:
         Factor of the target pass's slope above the measured batch sizes.
     output_len
         Tokens of every output.
+    baseline
+        Where the MTP-1 curve is read: Figure 8's line, or Figure 7's, which is another fit to the same telemetry and
+        for V4-Pro up to 22 % apart; its N is throughput over speed per user.
+    priced
+        What the scheduler divides by: the seconds of a whole round, as `PrefixScheduler` does, or those of the target's
+        pass alone, as the paper's Algorithm 1 can also be read.
 
     Raises
     ------
@@ -93,6 +102,8 @@ class Priors:
     request_share: float = 0.0
     slope_beyond: float = 1.0
     output_len: int = 400
+    baseline: BaselineFigure = "figure8"
+    priced: Literal["round", "target"] = "round"
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -197,6 +208,22 @@ RANGES: tuple[Range, ...] = (
         "× 0.5",
         "a pass that becomes bound by arithmetic; one whose experts are all loaded already",
     ),
+    Range(
+        "baseline's figure",
+        {},
+        {"baseline": "figure7"},
+        "Figure 8",
+        "Figure 7",
+        "two fits of the paper to one telemetry",
+    ),
+    Range(
+        "what the scheduler prices",
+        {},
+        {"priced": "target"},
+        "round",
+        "target pass",
+        "two readings of SPS in Algorithm 1",
+    ),
 )
 """Ranges of the priors, the end that is worse for DSpark first where that is clear."""
 
@@ -225,24 +252,26 @@ class Baseline:
         return np.asarray(np.asarray(self.concurrency) * priors.mtp_acceptance_length / np.asarray(self.throughput))
 
 
-def published_baseline(target_model: str) -> Baseline:
-    """Figure 8's MTP-1 throughput of a target, from 1 request on, the drawn line's whole length.
+def published_baseline(target_model: str, figure: BaselineFigure = "figure8") -> Baseline:
+    """The published MTP-1 throughput of a target, from 1 request on, the drawn line's whole length.
 
     Raises
     ------
     UserError
-        If Figure 8 does not show the target.
+        If the figures do not show the target.
     """
     if target_model not in NUM_LAYERS:
         raise UserError(f"Figure 8 has no target {target_model!r}; choose one of {', '.join(NUM_LAYERS)}")
-    rows = reference.curve("fig8_throughput", target_model=target_model, drafter="mtp-1")
+    which = {"target_model": target_model, "drafter": "mtp-1"}
+    if figure == "figure8":
+        rows = reference.curve("fig8_throughput", **which)
+    else:
+        rows = reference.curve("fig7_frontier", **which)
+        rows["concurrency_requests"] = rows["throughput_tok_s_gpu"] / rows["tps_tok_s_user"]
+        rows = rows.sort_values("concurrency_requests")
     rows = rows[rows["concurrency_requests"] >= 1.0]
-    return Baseline(
-        target_model,
-        tuple(rows["concurrency_requests"].tolist()),
-        tuple(rows["throughput_tok_s_gpu"].tolist()),
-        NUM_LAYERS[target_model],
-    )
+    users, throughput = rows["concurrency_requests"].tolist(), rows["throughput_tok_s_gpu"].tolist()
+    return Baseline(target_model, tuple(users), tuple(throughput), NUM_LAYERS[target_model])
 
 
 def target_pass(baseline: Baseline, priors: Priors) -> Curve:

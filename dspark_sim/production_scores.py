@@ -5,8 +5,9 @@ at some concurrencies. Between them the seconds per token of a user (concurrency
 taken as linear in concurrency.
 
 The gains of Figure 7 are ratios of DSpark to MTP-1, so both are read off curves of the same origin: the predicted
-DSpark and the MTP-1 that it was predicted from. That is Figure 8's, and Figure 7's MTP-1 line of V4-Pro differs from it by
-up to 22 %; ``from_figure8`` therefore also gives what the published DSpark curve of Figure 8 says by the same reckoning.
+DSpark and the MTP-1 that it was predicted from. That is Figure 8's, and Figure 7's MTP-1 line of V4-Pro differs from it
+by up to 22 %; ``from_figure8_pct`` therefore also gives what the published DSpark curve of Figure 8 says by the same
+reckoning.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import t as student
 
 from dspark_sim import reference
 from dspark_sim.production_inputs import published_baseline
@@ -85,8 +87,8 @@ def gains(curve: pd.DataFrame, target_model: str) -> pd.DataFrame:
     -------
     DataFrame
         In the order of Figure 7: ``gain_kind, sla_anchor_tps_tok_s_user, predicted_pct, published_pct, error_points,
-        from_figure8_pct``. At matched throughput, that of the annotation's MTP-1 point is matched; at matched speed, its
-        speed.
+        from_figure8_pct``. At matched throughput, that of the annotation's MTP-1 point is matched; at matched speed,
+        its speed.
     """
     baseline = published_baseline(target_model)
     mtp = pd.DataFrame({"concurrency_requests": baseline.concurrency, "throughput_tok_s_gpu": baseline.throughput})
@@ -149,3 +151,27 @@ def _gain(dspark: pd.DataFrame, mtp: pd.DataFrame, kind: GainKind, tps: float, t
         else:
             ends.append(float(np.interp(throughput, rate, speed, left=np.nan, right=np.nan)))
     return 100.0 * (ends[0] / ends[1] - 1.0)
+
+
+def over_seeds(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Means over runs that differ by their seed alone, with 95 % intervals.
+
+    Parameters
+    ----------
+    frames
+        Of `production.predict`, at least one.
+
+    Returns
+    -------
+    DataFrame
+        The same rows; beside ``throughput_tok_s_gpu`` and the other numbers ``_low`` and ``_high``, the ends of
+        Student's interval of the mean (NaN for one seed).
+    """
+    labels = ["target_model", "served", "concurrency_requests"]
+    groups = pd.concat(frames, ignore_index=True).groupby(labels, sort=False)
+    mean, num = groups.mean(), len(frames)
+    half = groups.sem() * (float(student.ppf(0.975, num - 1)) if num > 1 else np.nan)
+    ends = {
+        f"{name}_{end}": mean[name] + sign * half[name] for name in mean for end, sign in (("low", -1), ("high", 1))
+    }
+    return mean.assign(**ends).reset_index()
