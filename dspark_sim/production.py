@@ -9,7 +9,7 @@ Throughput is tokens per second and GPU, concurrency is requests per GPU, budget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ from dspark_sim.cost import CostModel, Curve
 from dspark_sim.errors import UserError
 from dspark_sim.policy import Fixed, PrefixScheduler, SpeculationPolicy
 from dspark_sim.policy_ranked import LaggedPrefixScheduler
-from dspark_sim.production_inputs import BLOCK_SIZE, RANGES, Priors, costs, laws, published_baseline
+from dspark_sim.production_inputs import BLOCK_SIZE, RANGES, Priors, Range, costs, laws, published_baseline
 from dspark_sim.production_scores import curve_errors
 from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.run import simulate
@@ -39,6 +39,8 @@ CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 210, 260)
 
 # Purpose of random numbers.
 _RESIDUAL = 0x9E51
+# Decode rounds that are not measured.
+_WARM_UP = 4
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -91,6 +93,7 @@ def predict(
     *,
     num_requests: int = 1000,
     seed: int = 0,
+    requests: dict[Any, RecordedAnchors] | None = None,
     on_point: Callable[[], Any] | None = None,
 ) -> pd.DataFrame:
     """Simulate a target in a closed loop at every concurrency.
@@ -109,6 +112,9 @@ def predict(
         Of a run, beside those that fill the server; the fewer, the noisier.
     seed
         Of the requests' luck. Policies meet the same.
+    requests
+        Those of earlier calls with the same size and seed, kept here for the next call whose priors leave acceptance
+        as it was.
     on_point
         Called after each run, to move a progress bar.
 
@@ -121,20 +127,21 @@ def predict(
     Raises
     ------
     UserError
-        If the target or a policy is unknown.
+        If the target or a policy is unknown, or the run too short to be measured.
     """
     priors = priors or Priors()
     users, names = list(concurrency), list(served)
     seconds = costs(published_baseline(target_model, priors.baseline), priors)
     total = num_requests + max(users)
-    made: dict[str, RecordedAnchors] = {}
+    made = {} if requests is None else requests
     rows = []
     for name in names:
         drafter: Literal["mtp", "dspark"] = "mtp" if name == "mtp-1" else "dspark"
-        if drafter not in made:
-            made[drafter] = (mtp_requests if drafter == "mtp" else dspark_requests)(priors, total, seed)
+        drawn = (drafter, total, seed, *_of_acceptance(priors))
+        if drawn not in made:
+            made[drawn] = (mtp_requests if drafter == "mtp" else dspark_requests)(priors, total, seed)
         for num_users in users:
-            anchors = under_way(made[drafter], num_users, num_users + num_requests, seed)
+            anchors = under_way(made[drawn], num_users, num_users + num_requests, seed)
             cost = seconds[drafter]
             trace = simulate(anchors, policy_of(name, cost, priors), ClosedLoop(num_users), cost)
             rows.append(
@@ -147,7 +154,9 @@ def predict(
 
 def sensitivity(
     target_model: str,
+    base: Priors | None = None,
     concurrency: Iterable[int] = (1, 4, 16, 64, 128, 210),
+    ranges: Sequence[Range] = RANGES,
     *,
     num_requests: int = 300,
     seed: int = 0,
@@ -157,6 +166,10 @@ def sensitivity(
 
     Parameters
     ----------
+    base
+        Priors to move away from; ``None`` takes the central ones.
+    ranges
+        Which priors, and how far.
     target_model, concurrency, num_requests, seed, on_point
         As for `predict`; all runs meet the same luck.
 
@@ -166,17 +179,26 @@ def sensitivity(
         A row per prior and end, after one for the central values: ``target_model, prior, end, value, source`` and the
         errors of `production_scores.curve_errors`.
     """
-    places: list[tuple[str, str, str, str, Priors]] = [("central", "", "", "", Priors())]
-    for one in RANGES:
-        places.append((one.name, "low", one.low_label, one.source, Priors(**one.low)))
-        places.append((one.name, "high", one.high_label, one.source, Priors(**one.high)))
+    base = base or Priors()
+    places: list[tuple[str, str, str, str, Priors]] = [("central", "", "", "", base)]
+    for one in ranges:
+        places.append((one.name, "low", one.low_label, one.source, replace(base, **one.low)))
+        places.append((one.name, "high", one.high_label, one.source, replace(base, **one.high)))
     users = list(concurrency)
     known: dict[Priors, dict[str, float]] = {}
+    requests: dict[Any, RecordedAnchors] = {}
     rows = []
     for name, end, value, source, priors in places:
         if priors not in known:
             curve = predict(
-                target_model, priors, users, ("lagged-2",), num_requests=num_requests, seed=seed, on_point=on_point
+                target_model,
+                priors,
+                users,
+                ("lagged-2",),
+                num_requests=num_requests,
+                seed=seed,
+                requests=requests,
+                on_point=on_point,
             )
             known[priors] = curve_errors(curve, target_model)
         rows.append(
@@ -200,12 +222,26 @@ def under_way(anchors: RecordedAnchors, num_users: int, num_requests: int, seed:
     return replace(anchors, prompts=prompts, request_prompts=names)
 
 
+def _of_acceptance(priors: Priors) -> tuple[Any, ...]:
+    """What the luck of requests depends on."""
+    names = ("mtp_acceptance", "domain_shares", "acceptance_shift", "spread", "calibration", "output_len")
+    return tuple(getattr(priors, name) for name in names)
+
+
 def _steady(trace: Trace) -> dict[str, float]:
-    """Rates over the decode rounds up to the last arrival, while the server is full."""
+    """Rates over the decode rounds up to the last arrival, while the server is full, less the first few.
+
+    A lagged policy knows no confidence in its first rounds and verifies everything.
+    """
     steps = trace.tables["steps"]
     get = partial(_numbers, steps)
     last = float(np.max(_numbers(trace.tables["requests"], "arrival")))
     full = (get("batch_tokens") > 0) & (get("num_prefill_tokens") == 0) & (get("start") <= last)
+    full &= np.cumsum(full) > _WARM_UP
+    if not full.any():
+        raise UserError(
+            "no decode round is left to measure while all users are served; raise num_requests or output_len"
+        )
     step, emitted = (_numbers(trace.tables["drafts"], name) for name in ("step", "num_emitted"))
     by_step = np.bincount(step.astype(np.int64), weights=emitted, minlength=steps.num_rows)
     tokens, seconds = float(by_step[full].sum()), float(get("step_seconds")[full].sum())

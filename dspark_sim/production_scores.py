@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from dspark_sim import reference
-from dspark_sim.production_inputs import published_baseline
+from dspark_sim.production_inputs import BaselineFigure, published_baseline
 
 FloatArray = npt.NDArray[np.float64]
 GainKind = Literal["throughput_at_matched_tps", "tps_at_matched_throughput"]
@@ -73,7 +73,7 @@ def curve_errors(curve: pd.DataFrame, target_model: str) -> dict[str, float]:
     }
 
 
-def gains(curve: pd.DataFrame, target_model: str) -> pd.DataFrame:
+def gains(curve: pd.DataFrame, target_model: str, figure: BaselineFigure = "figure8") -> pd.DataFrame:
     """The four annotated gains of a target, predicted and published.
 
     Parameters
@@ -82,6 +82,8 @@ def gains(curve: pd.DataFrame, target_model: str) -> pd.DataFrame:
         A predicted DSpark curve.
     target_model
         Which one it is of.
+    figure
+        Whose MTP-1 line it was predicted from and is divided by.
 
     Returns
     -------
@@ -90,7 +92,7 @@ def gains(curve: pd.DataFrame, target_model: str) -> pd.DataFrame:
         from_figure8_pct``. At matched throughput, that of the annotation's MTP-1 point is matched; at matched speed,
         its speed.
     """
-    baseline = published_baseline(target_model)
+    baseline = published_baseline(target_model, figure)
     mtp = pd.DataFrame({"concurrency_requests": baseline.concurrency, "throughput_tok_s_gpu": baseline.throughput})
     rows = []
     for _, label in reference.curve("fig7_annotations", target_model=target_model).iterrows():
@@ -175,3 +177,8 @@ def over_seeds(frames: list[pd.DataFrame]) -> pd.DataFrame:
         f"{name}_{end}": mean[name] + sign * half[name] for name in mean for end, sign in (("low", -1), ("high", 1))
     }
     return mean.assign(**ends).reset_index()
+
+
+def lines(table: pd.DataFrame, target_model: str, served: str = "lagged-2") -> pd.DataFrame:
+    """The rows of one target and policy; by default of what production runs."""
+    return table[(table["target_model"] == target_model) & (table["served"] == served)].reset_index(drop=True)
