@@ -85,7 +85,7 @@ def recordings(
     size = SIZES[scale]
     prompts = bundled_prompts(per_domain=size.per_domain)
     folder = out / "recordings" / f"T{temperature:g}-{len(prompts)}x{size.max_tokens}-{_prompts_digest(prompts)}"
-    places = {name: folder / f"{Path(name).name}{_drafter_digest(name)}" for name in drafters}
+    places = {name: folder / f"{Path(name).name}{drafter_digest(name)}" for name in drafters}
     missing = [name for name, place in places.items() if not place.is_dir()]
     if missing:
         from dspark_sim.engine.serve import Engine
@@ -132,7 +132,7 @@ def _prompts_digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _drafter_digest(name: str) -> str:
+def drafter_digest(name: str) -> str:
     """Names a drafter's weights; empty where it has none."""
     bundled = Path(__file__).parent / "drafters" / name
     folder = bundled if bundled.is_dir() else Path(name)

@@ -61,7 +61,7 @@ def draw_load(table: pd.DataFrame, note: str) -> Figure:
             axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("concurrency (requests per GPU)")
-    return caption(_key(figure, axes[0][0]), note)
+    return caption(key(figure, axes[0][0]), note)
 
 
 def draw_frontier(table: pd.DataFrame, note: str) -> Figure:
@@ -86,7 +86,7 @@ def draw_frontier(table: pd.DataFrame, note: str) -> Figure:
         axis.set(xlim=limits[target][0], ylim=(0, limits[target][1]), title=title)
         axis.set(xlabel="speed per user (tokens/s/user)", ylabel="throughput (tokens/s/GPU)")
         axis.grid(alpha=0.3)
-    return caption(_key(figure, axes[0]), f"{note} Gains: DSpark over MTP-1 at the paper's MTP-1 points.")
+    return caption(key(figure, axes[0]), f"{note} Gains: DSpark over MTP-1 at the paper's MTP-1 points.")
 
 
 def draw_tornado(swept: pd.DataFrame, note: str) -> Figure:
@@ -160,10 +160,12 @@ def _cloud(axis: Axes, file: str, target: str, x: str, y: str) -> None:
     axis.fill_between(middle, bins[f"{y}_p05"], bins[f"{y}_p95"], color=STYLES[PREDICTED][0], alpha=0.13, linewidth=0)
 
 
-def _key(figure: Figure, axis: Axes) -> Figure:
+def key(figure: Figure, axis: Axes, ours: str = "predicted", paper: str = "published") -> Figure:
+    """One legend above the panels: the names drawn in `axis`, then what full and dashed lines are."""
     handles, names = axis.get_legend_handles_labels()
-    kinds = [Line2D([], [], color=INK, marker="o", markersize=4.5), Line2D([], [], color=INK, linestyle="--")]
-    figure.legend(
-        [*handles, *kinds], [*names, "predicted", "published"], loc="upper center", ncols=6, frameon=False, fontsize=9
-    )
+    kinds = [
+        Line2D([], [], color=INK, marker="o", markersize=4.5),
+        Line2D([], [], color=INK, linestyle="--", linewidth=1.8),
+    ]
+    figure.legend([*handles, *kinds], [*names, ours, paper], loc="upper center", ncols=6, frameon=False, fontsize=9)
     return figure

@@ -28,6 +28,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "mtp1": ("#56B4E9", "D", "MTP-1"),
     "mtp-1": ("#56B4E9", "D", "MTP-1"),
     "ngram": ("#000000", "X", "n-gram"),
+    "fixed": ("#E69F00", "s", "whole blocks"),
 }
 """Colour, marker and printed name of a drafter, under our names and the paper's."""
 
