@@ -95,14 +95,39 @@ def load_curves(out: Path, scale: Scale) -> tuple[pd.DataFrame, str]:
     size = SIZES[scale]
     traces = recordings(out, ["dspark", "mtp1"], scale)
     costs = _costs(out, scale, size)
-    grid = [{"served": name, "concurrency_requests": users} for name in DRAFTERS for users in size.concurrency]
-    name = f"load-{scale}-{_fingerprint(traces, costs)}.jsonl"
-    frame = sweep(partial(_point, traces, costs, size.turns), grid, out / "costs" / name)
-    single = frame[(frame["served"] == "mtp1")].set_index("concurrency_requests")["user_tokens_per_second"]
-    frame["mtp1_speed_share"] = frame["concurrency_requests"].map(single / single.loc[1])
+    frame = simulated(traces, costs, size.concurrency, size.turns, out / "costs")
     about = setting(traces["dspark"], "DSpark and MTP-1 (γ = 1)")
     device = costs["dspark"].provenance
     return frame, f"{about}. Step seconds profiled on {device['device']}, {device['num_threads']} threads"
+
+
+def simulated(
+    traces: dict[str, Trace], costs: dict[str, CostModel], concurrency: Sequence[int], turns: int, folder: Path
+) -> pd.DataFrame:
+    """The frame of `load_curves` from recordings and cost tables of both drafters, by their names.
+
+    Parameters
+    ----------
+    traces, costs
+        By ``mtp1`` and ``dspark``.
+    concurrency
+        Users; 1 among them.
+    turns
+        Requests per user, at least.
+    folder
+        Simulated points are kept here, in a file named after what they depend on.
+
+    Raises
+    ------
+    UserError
+        If a recording has no anchors, or a file cannot be read or written.
+    """
+    grid = [{"served": name, "concurrency_requests": users} for name in DRAFTERS for users in concurrency]
+    kept = folder / f"load-{_fingerprint(traces, costs, turns)}.jsonl"
+    frame = sweep(partial(_point, traces, costs, turns), grid, kept)
+    single = frame[frame["served"] == "mtp1"].set_index("concurrency_requests")["user_tokens_per_second"]
+    frame["mtp1_speed_share"] = frame["concurrency_requests"].map(single / single.loc[1])
+    return frame
 
 
 def published_load(target_model: str) -> pd.DataFrame:
@@ -186,9 +211,9 @@ def _costs(out: Path, scale: Scale, size: LoadSize) -> dict[str, CostModel]:
     return {name: CostModel.read(place) for name, place in places.items()}
 
 
-def _fingerprint(traces: dict[str, Trace], costs: dict[str, CostModel]) -> str:
+def _fingerprint(traces: dict[str, Trace], costs: dict[str, CostModel], turns: int) -> str:
     """Names what the simulated points depend on."""
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(str(turns).encode())
     for name in costs:
         whole.update(json.dumps(costs[name].to_json(), sort_keys=True).encode())
         whole.update(np.asarray(traces[name].anchors["num_accepted"], dtype=np.int64).tobytes())

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -317,13 +318,18 @@ def costs(baseline: Baseline, priors: Priors) -> dict[Literal["mtp", "dspark"], 
 
 def laws(priors: Priors) -> dict[str, SyntheticAcceptance]:
     """Acceptance and confidence of DSpark's drafts by domain: Figures 2 and 6, shifted and spread by the priors."""
-    found = {}
-    for domain, share in zip(DOMAINS, priors.domain_shares, strict=True):
-        if share > 0:
-            law = preset(drafter="dspark", domain=domain, calibration=priors.calibration)
-            shifted = expit(logit(law.conditional_acceptance) + priors.acceptance_shift)
-            spreads = {
-                name: priors.spread * getattr(law, name) for name in ("difficulty_sd", "anchor_sd", "position_sd")
-            }
-            found[domain] = replace(law, conditional_acceptance=tuple(shifted.tolist()), **spreads)
-    return found
+    given = zip(DOMAINS, priors.domain_shares, strict=True)
+    return {
+        domain: _law(domain, priors.calibration, priors.acceptance_shift, priors.spread)
+        for domain, share in given
+        if share > 0
+    }
+
+
+@lru_cache(maxsize=64)
+def _law(domain: str, calibration: Calibration, shift: float, spread: float) -> SyntheticAcceptance:
+    # A law keeps the logits that it has solved for.
+    law = preset(drafter="dspark", domain=domain, calibration=calibration)
+    shifted = expit(logit(law.conditional_acceptance) + shift)
+    spreads = {name: spread * getattr(law, name) for name in ("difficulty_sd", "anchor_sd", "position_sd")}
+    return replace(law, conditional_acceptance=tuple(shifted.tolist()), **spreads)

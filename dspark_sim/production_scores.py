@@ -171,12 +171,18 @@ def over_seeds(frames: list[pd.DataFrame]) -> pd.DataFrame:
     """
     labels = ["target_model", "served", "concurrency_requests"]
     groups = pd.concat(frames, ignore_index=True).groupby(labels, sort=False)
-    mean, num = groups.mean(), len(frames)
+    names = [str(name) for name in frames[0] if name not in labels]
+    found = {name: mean_intervals(groups[name], len(frames)) for name in names}
+    whole = pd.DataFrame({name: ends["mean"] for name, ends in found.items()})
+    ends = {f"{name}_{end}": found[name][end] for name in names for end in ("low", "high")}
+    return whole.assign(**ends).reset_index()
+
+
+def mean_intervals(groups: Any, num: int) -> pd.DataFrame:
+    """Mean of each group of `num` values, and ``low`` and ``high``, the ends of Student's 95 % interval of it."""
+    mean = groups.mean()
     half = groups.sem() * (float(student.ppf(0.975, num - 1)) if num > 1 else np.nan)
-    ends = {
-        f"{name}_{end}": mean[name] + sign * half[name] for name in mean for end, sign in (("low", -1), ("high", 1))
-    }
-    return mean.assign(**ends).reset_index()
+    return pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half})
 
 
 def lines(table: pd.DataFrame, target_model: str, served: str = "lagged-2") -> pd.DataFrame:

@@ -104,10 +104,10 @@ def differs(table: pd.DataFrame) -> str:
     budgets = dspark["verification_budget"]
     return (
         f"From {first} to {last} users the scheduler's budget goes from {budgets[first]:.1f} to {budgets[last]:.1f} "
-        f"tokens, its gain over MTP-1 from {gain[first]:+.0f} to {gain[last]:+.0f} %, and whole blocks end at {lost:+.0f} "
-        "%: the paper's picture at a smaller scale. Our curve bends within tens of users and not hundreds, because a CPU "
-        "is bound by arithmetic from a few dozen tokens on, and our small drafter is accepted less often, so less of its "
-        "blocks is worth verifying at any load."
+        f"tokens, its gain over MTP-1 from {gain[first]:+.0f} to {gain[last]:+.0f} %, and whole blocks end at "
+        f"{lost:+.0f} %: the paper's picture at a smaller scale. Our curve bends within tens of users, not hundreds, "
+        "because a CPU is bound by arithmetic from some dozen tokens on, and our small drafter is accepted less often, "
+        "so less of its blocks is worth verifying at any load."
     )
 
 

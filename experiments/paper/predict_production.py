@@ -29,6 +29,7 @@ from dspark_sim.production_scores import (
     curve_errors,
     gains,
     lines,
+    mean_intervals,
     over_seeds,
     published_budget,
     published_throughput,
@@ -52,7 +53,7 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(60, 2, (1, 8, 32, 96, 210, 260), (1, 32, 210), 150),
+    "smoke": Size(60, 3, (1, 8, 32, 96, 210, 260), (1, 32, 210), 150),
     "laptop": Size(300, 4, (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 210, 260), (1, 4, 16, 64, 128, 210)),
     "gpu": Size(1000, 8, (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 184, 210, 260), (1, 4, 16, 64, 128, 210)),
 }
@@ -92,7 +93,7 @@ def make(scale: Scale, out: Path) -> list[PaperFigure]:
             ],
             ignore_index=True,
         )
-    table = over_seeds(frames)
+    table, found = over_seeds(frames), frontier_table(frames, own)
     note = (
         f"{SETTING}. Intervals: 95 % over {size.seeds} seeds. Shaded: 5 to 95 % of the paper's DSpark telemetry. "
         "Only the dashed MTP-1 line of Figure 8 went in."
@@ -111,8 +112,8 @@ def make(scale: Scale, out: Path) -> list[PaperFigure]:
             "predict_frontier",
             "Figure 7 predicted from Figure 8's MTP-1 line",
             draw_frontier(table, note),
-            frontier_table(table, own),
-            compare_gains(frontier_table(table, own)),
+            found,
+            compare_gains(found),
             **about,
         ),
         PaperFigure(
@@ -166,14 +167,17 @@ def over_mtp(target, dspark, users):
     )
 
 
-def frontier_table(table, own):
-    """The eight gains, predicted from Figure 8's MTP-1 line and, beside it, from Figure 7's own."""
-    frames = []
+def frontier_table(frames, own):
+    """The eight gains with intervals over seeds, and beside them those predicted from Figure 7's own MTP-1 line."""
+    table, found = over_seeds(frames), []
     for target in TARGETS:
-        found = gains(lines(table, target), target)
-        found["from_figure7_baseline_pct"] = gains(own[target], target, "figure7")["predicted_pct"]
-        frames.append(found.assign(target_model=target))
-    return pd.concat(frames, ignore_index=True)
+        rows = gains(lines(table, target), target)
+        by_seed = [gains(lines(frame, target), target).drop(columns="gain_kind") for frame in frames]
+        ends = mean_intervals(pd.concat(by_seed).groupby(level=0)["predicted_pct"], len(frames))
+        rows["predicted_low_pct"], rows["predicted_high_pct"] = ends["low"], ends["high"]
+        rows["from_figure7_baseline_pct"] = gains(own[target], target, "figure7")["predicted_pct"]
+        found.append(rows.assign(target_model=target))
+    return pd.concat(found, ignore_index=True)
 
 
 def compare_gains(found):
@@ -181,7 +185,8 @@ def compare_gains(found):
     for row in found.itertuples():
         kind = "throughput" if row.gain_kind.startswith("throughput") else "speed per user"
         label = f"{TARGETS[row.target_model]}, {kind} gained, anchor {row.sla_anchor_tps_tok_s_user:.0f}"
-        rows.append(compared(label, row.predicted_pct, row.published_pct, "%"))
+        ends = (row.predicted_low_pct, row.predicted_high_pct)
+        rows.append(compared(label, row.predicted_pct, row.published_pct, "%", ends))
         rows.append(
             compared("  predicted from Figure 7's MTP-1", row.from_figure7_baseline_pct, row.published_pct, "%")
         )
