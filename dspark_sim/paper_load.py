@@ -50,6 +50,8 @@ class LoadSize:
         Users of the profile passes.
     profile_tokens
         Most output tokens per request of a profile pass.
+    repeats
+        Passes of each drafter at each number of users, in turn, so that a drift of the machine's speed meets all alike.
     turns
         Requests per user of a simulated run, at least; every prompt is served equally often.
     """
@@ -57,13 +59,14 @@ class LoadSize:
     concurrency: tuple[int, ...]
     profiled: tuple[int, ...]
     profile_tokens: int
+    repeats: int
     turns: int
 
 
 SIZES: dict[Scale, LoadSize] = {
-    "smoke": LoadSize((1, 2, 4, 8), (1, 4), 6, 4),
-    "laptop": LoadSize((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), 16, 8),
-    "gpu": LoadSize((1, 2, 4, 8, 16, 32, 64, 128), (1, 4, 16, 64, 128), 48, 8),
+    "smoke": LoadSize((1, 2, 4, 8), (1, 4), 6, 1, 4),
+    "laptop": LoadSize((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), 16, 2, 8),
+    "gpu": LoadSize((1, 2, 4, 8, 16, 32, 64, 128), (1, 4, 16, 64, 128), 48, 3, 8),
 }
 
 
@@ -199,8 +202,9 @@ def _costs(out: Path, scale: Scale, size: LoadSize) -> dict[str, CostModel]:
         passes: dict[str, list[Trace]] = {name: [] for name in names}
         for engine in engines.values():
             engine.warm_up(prompts)
-        with tqdm(total=len(size.profiled) * len(names), desc="profile", unit="pass") as bar:
-            for seed, users in enumerate(size.profiled):
+        order = size.repeats * size.profiled
+        with tqdm(total=len(order) * len(names), desc="profile", unit="pass") as bar:
+            for seed, users in enumerate(order):
                 for name, engine in engines.items():
                     options: dict[str, Any] = {"max_tokens": size.profile_tokens, "num_requests": max(users, 4)}
                     passes[name].append(engine.profile_pass(prompts, users, seed=seed, **options))
