@@ -23,7 +23,7 @@ from dspark_sim.errors import UserError
 from dspark_sim.policy import Fixed, PrefixScheduler, SpeculationPolicy
 from dspark_sim.policy_ranked import LaggedPrefixScheduler
 from dspark_sim.production_inputs import BLOCK_SIZE, RANGES, Priors, Range, costs, laws, published_baseline
-from dspark_sim.production_scores import curve_errors
+from dspark_sim.production_scores import curve_errors, gains
 from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.run import simulate
 from dspark_sim.simulate.synthetic import SyntheticAcceptance
@@ -176,8 +176,8 @@ def sensitivity(
     Returns
     -------
     DataFrame
-        A row per prior and end, after one for the central values: ``target_model, prior, end, value, source`` and the
-        errors of `production_scores.curve_errors`.
+        A row per prior and end, after one for the central values: ``target_model, prior, end, value, source``, the
+        errors of `production_scores.curve_errors`, and the mean absolute error of the gains per user, in points.
     """
     base = base or Priors()
     places: list[tuple[str, str, str, str, Priors]] = [("central", "", "", "", base)]
@@ -200,7 +200,10 @@ def sensitivity(
                 requests=requests,
                 on_point=on_point,
             )
-            known[priors] = curve_errors(curve, target_model)
+            found = gains(curve, target_model, priors.baseline)
+            per_user = found.loc[found["gain_kind"] == "tps_at_matched_throughput", "error_points"]
+            gain = {"gain_mean_abs_error_points": float(per_user.abs().mean())}
+            known[priors] = {**curve_errors(curve, target_model), **gain}
         rows.append(
             {"target_model": target_model, "prior": name, "end": end, "value": value, "source": source, **known[priors]}
         )
