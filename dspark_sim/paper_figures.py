@@ -90,7 +90,9 @@ Make = Callable[[Scale, Path], PaperFigure | Sequence[PaperFigure]]
 """Takes the scale and the folder of results (recordings are shared in its folder ``recordings``)."""
 
 
-def compared(quantity: str, ours: float, paper: float | None, unit: str, interval: Sequence[float] = ()) -> dict[str, Any]:
+def compared(
+    quantity: str, ours: float, paper: float | None, unit: str, interval: Sequence[float] = ()
+) -> dict[str, Any]:
     """A row of a comparison.
 
     Parameters
@@ -110,7 +112,12 @@ def compared(quantity: str, ours: float, paper: float | None, unit: str, interva
 
 
 def write(
-    figure: PaperFigure, out: Path, *, scale: Scale | None = None, seconds: float | None = None, script: Path | None = None
+    figure: PaperFigure,
+    out: Path,
+    *,
+    scale: Scale | None = None,
+    seconds: float | None = None,
+    script: Path | None = None,
 ) -> list[Path]:
     """Write a figure's files; the last one, ``name.json``, marks the others as complete.
 

@@ -44,7 +44,9 @@ def write_report(out: Path, scripts: Sequence[Path], failures: Mapping[str, str]
         "| --- | --- | ---: |",
     ]
     for name, marks in found.items():
-        lines += [f"| [{mark['title']}](#{_anchor(mark['title'])}) | {_scale(mark)} | {_seconds(mark)} |" for mark in marks]
+        lines += [
+            f"| [{mark['title']}](#{_anchor(mark['title'])}) | {_scale(mark)} | {_seconds(mark)} |" for mark in marks
+        ]
         if not marks:
             lines.append(f"| `{name}` | not made | - |")
     if failures:
@@ -105,5 +107,3 @@ def _anchor(title: str) -> str:
     """The anchor that Markdown viewers give to a heading."""
     kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
     return kept.replace(" ", "-")
-
-

@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -186,7 +185,9 @@ def test_scripts_come_in_the_papers_order_and_shared_modules_are_none(tmp_path: 
         choose(found, ["fig1"])
 
 
-def test_the_clones_scripts_are_found_and_none_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_clones_scripts_are_found_and_none_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "table1_accepted_length" in [path.stem for path in find_scripts()]
     assert run(tmp_path, "--all", scripts=tmp_path) == 2
     assert capsys.readouterr().err == f"error: no scripts of paper figures in {tmp_path}; give another folder\n"
@@ -245,7 +246,9 @@ def test_ctrl_c_ends_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     lines = [line for line in re.split(r"[\r\n]+", error) if line and not line.startswith("figures:")]
     assert lines == ["interrupted; what was written so far is kept"]
-    assert is_complete(scripts / "fig1_good.py", out, "laptop") and "Title of fig1_good" in (out / "report.md").read_text()
+    assert (
+        is_complete(scripts / "fig1_good.py", out, "laptop") and "Title of fig1_good" in (out / "report.md").read_text()
+    )
     assert (out / "logs" / "fig2_slow.log").read_text().strip().startswith("fig2_slow: interrupted")
     with pytest.raises(ProcessLookupError):
         os.kill(int((out / "pid.txt").read_text()), 0)
@@ -267,11 +270,10 @@ def test_a_real_script_makes_its_recordings_once_and_the_same_tables_again(tmp_p
     tables = [(out / f"{name}{ending}.csv").read_bytes() for ending in ("", "_comparison")]
 
     frame = pd.read_csv(out / f"{name}.csv")
-    # A round verifies no more with a larger threshold, and what it accepts holds the bonus.
+    # A round judges at most the block and the bonus, at threshold 0 the whole of it (but where an output ends).
     total = frame["accepted_tokens_per_step"] + frame["rejected_tokens_per_step"]
     assert (frame["accepted_tokens_per_step"] >= 1).all() and (total <= 8).all()
-    for _, rows in frame.assign(total=total).groupby("domain"):
-        assert (np.diff(rows["total"]) <= 1e-9).all()
+    assert (total[frame["confidence_threshold"] == 0] > 7.5).all()
     rate = frame["accepted_tokens_per_step"] / total
     assert frame["acceptance_rate"].to_numpy() == pytest.approx(rate.to_numpy())
 

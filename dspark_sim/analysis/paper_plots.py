@@ -33,7 +33,12 @@ STYLES: dict[str, tuple[str, str, str]] = {
 
 
 def draw_ours(
-    axis: Axes, drafter: str, x: npt.ArrayLike, y: pd.Series, low: pd.Series | None = None, high: pd.Series | None = None
+    axis: Axes,
+    drafter: str,
+    x: npt.ArrayLike,
+    y: pd.Series,
+    low: pd.Series | None = None,
+    high: pd.Series | None = None,
 ) -> None:
     """A line of ours with its intervals (left out where NaN)."""
     color, marker, name = STYLES[drafter]
@@ -61,9 +66,7 @@ def legend(figure: Figure, axis: Axes, paper: str = "the paper's") -> None:
         Line2D([], [], color=INK, marker="o", markersize=5, linewidth=1.6),
         Line2D([], [], color=INK, marker="o", markersize=5, markerfacecolor="white", linestyle="--", alpha=0.6),
     ]
-    figure.legend(
-        handles, [*names, "ours", paper], loc="upper center", ncols=len(handles), frameon=False, fontsize=9
-    )
+    figure.legend(handles, [*names, "ours", paper], loc="upper center", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def panels(num_panels: int, width: float = 3.4, height: float = 3.7, **options: Any) -> tuple[Figure, list[Axes]]:

@@ -60,7 +60,9 @@ def draw(table, note):
     colors = ["#D55E00" if abs(bias) > 1e-9 else "#0072B2" for bias in table["bias"]]
     axis.barh(places, table["probability_of_a"], color=colors, height=0.6, label="ours")
     axis.axvline(TARGET, color="#333333", linewidth=1.0, linestyle="--", label="the target's p(A)")
-    published = [(place, PUBLISHED[name]) for place, name in zip(places, table["policy"], strict=True) if name in PUBLISHED]
+    published = [
+        (place, PUBLISHED[name]) for place, name in zip(places, table["policy"], strict=True) if name in PUBLISHED
+    ]
     style = {"linestyle": "none", "marker": "o", "markersize": 8, "markerfacecolor": "none", "color": "#333333"}
     axis.plot([value for _, value in published], [place for place, _ in published], label="the paper's", **style)
     for place, value in zip(places, table["probability_of_a"], strict=True):

@@ -79,7 +79,14 @@ def draw(ours, paper, note):
         right.errorbar(rows["confidence_threshold"], rate, yerr=bars, linewidth=1.5, **style)
         right.plot(
             *(theirs["confidence_threshold"], theirs["acceptance_rate"]),
-            **{"color": INK, "linestyle": "--", "marker": "o", "markersize": 4, "markerfacecolor": "white", "alpha": 0.6},
+            **{
+                "color": INK,
+                "linestyle": "--",
+                "marker": "o",
+                "markersize": 4,
+                "markerfacecolor": "white",
+                "alpha": 0.6,
+            },
         )
         axis.set_title(domain, fontsize=10)
         axis.set(xlim=(-0.08, 0.98), ylim=(0, 9.2), xticks=np.arange(0, 1, 0.2), xlabel="confidence threshold")
@@ -94,7 +101,9 @@ def draw(ours, paper, note):
 def key(figure):
     import matplotlib.pyplot as plt
 
-    patches = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=alpha) for color in (ACCEPTED, REJECTED) for alpha in (1, 0.4)]
+    patches = [
+        plt.Rectangle((0, 0), 1, 1, color=color, alpha=alpha) for color in (ACCEPTED, REJECTED) for alpha in (1, 0.4)
+    ]
     lines = [
         plt.Line2D([], [], color=INK, marker="o", markersize=4),
         plt.Line2D([], [], color=INK, marker="o", markersize=4, markerfacecolor="white", linestyle="--", alpha=0.6),

@@ -103,7 +103,9 @@ def compare(scores, paper):
             rows.append(compared(name, 100 * row["ece"], float(theirs["ece_pct_printed"]), "%", ends))
         row = scores[(scores["position"] == str(position)) & (scores["method"] == "before")].iloc[0]
         auc = float(paper[paper["draft_position"] == position]["auc_printed"].iloc[0])
-        rows.append(compared(f"AUC, position {position}", row["auc"], auc, "fraction", (row["auc_low"], row["auc_high"])))
+        rows.append(
+            compared(f"AUC, position {position}", row["auc"], auc, "fraction", (row["auc_low"], row["auc_high"]))
+        )
     return pd.DataFrame(rows)
 
 

@@ -30,7 +30,9 @@ def make(scale: Scale, out: Path) -> PaperFigure:
         cell, published = row.iloc[0], paper[(paper["target"] == "qwen3-4b") & (paper["drafter"] == drafter)]
         value = None if published.empty else float(published[domain].iloc[0])
         name = f"{STYLES[drafter][2]}, {domain}"
-        rows.append(compared(name, cell["accept_len"], value, "tokens", (cell["accept_len_low"], cell["accept_len_high"])))
+        rows.append(
+            compared(name, cell["accept_len"], value, "tokens", (cell["accept_len_low"], cell["accept_len_high"]))
+        )
     macro = ours[ours["domain"] == "macro"].set_index("drafter")
     for drafter in ("eagle3", "dflash", "dspark-rnn"):
         value, *ends = (100 * macro.loc[drafter, f"dspark_accept_len_gain{end}"] for end in ("", "_low", "_high"))
@@ -67,7 +69,9 @@ def draw(ours, paper, note):
     axes[0].set_ylabel("accepted length (tokens per round)")
     ink = {"color": "#333333", "linestyle": "none", "markersize": 5}
     handles = [axes[0].plot([], [], marker="o", **ink)[0]]
-    handles += [axes[0].plot([], [], marker=marker, markerfacecolor="white", **ink)[0] for _, marker in TARGETS.values()]
+    handles += [
+        axes[0].plot([], [], marker=marker, markerfacecolor="white", **ink)[0] for _, marker in TARGETS.values()
+    ]
     names = ["ours", *(f"the paper's {label}" for label, _ in TARGETS.values())]
     figure.legend(handles, names, loc="upper center", ncols=5, frameon=False, fontsize=9)
     return caption(figure, note)
