@@ -37,8 +37,8 @@ def write_report(out: Path, scripts: Sequence[Path], failures: Mapping[str, str]
         "# The paper's table and figures from our own runs",
         "",
         "Paper: *DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation*, arXiv "
-        "2607.05147; its values were read from its figures. Ours: `dspark-sim figures`. Intervals are 95 %, by bootstrap "
-        "over prompts where nothing else is said; a dash is a value that does not exist.",
+        "2607.05147; its values were read from its figures. Ours: `dspark-sim figures`. Intervals are 95 %, by "
+        "bootstrap over prompts where nothing else is said; a dash is a value that does not exist.",
         "",
         "| figure | scale | seconds |",
         "| --- | --- | ---: |",

@@ -1,4 +1,4 @@
-"""Paper figures: files, resuming, report, failing scripts and Ctrl-C, with toy scripts; one real script with the model."""
+"""Paper figures: files, resuming, report, failing scripts and Ctrl-C, with toy scripts; one real script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from dspark_sim.cli import main
 from dspark_sim.errors import UserError
-from dspark_sim.paper_figures import COMPARED, PaperFigure, compared, is_complete, read_mark, write
+from dspark_sim.paper_figures import COMPARED, PaperFigure, compared, identity, is_complete, read_mark, write
 from dspark_sim.paper_report import write_report
 from dspark_sim.paper_study import choose, find_scripts
 
@@ -43,7 +43,8 @@ def make(scale, out):
     axis.plot([1, 2], [3, 4])
     comparison = pd.DataFrame([compared("length", 2.5, 5.57, "tokens", (2.25, 2.75))])
     name = Path(__file__).stem
-    return PaperFigure(name, f"Title of {name}", figure, pd.DataFrame({"x": [1 / 3]}), comparison, "Target toy", "One. Two.")
+    table = pd.DataFrame({"x": [1 / 3]})
+    return PaperFigure(name, f"Title of {name}", figure, table, comparison, "Target toy", "One. Two.")
 
 
 if __name__ == "__main__":
@@ -88,7 +89,7 @@ def runs(out: Path) -> list[str]:
 def test_a_figure_is_complete_only_when_all_its_files_are_there(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     own = script(tmp_path / "scripts", "fig9_toy")
-    paths = write(toy_figure(drawn=True), tmp_path, scale="smoke", seconds=1.5, script=own)
+    paths = write(toy_figure(drawn=True), tmp_path, scale="smoke", seconds=1.5, script=identity(own))
     names = ["fig9_toy.png", "fig9_toy.pdf", "fig9_toy.csv", "fig9_toy_comparison.csv", "fig9_toy.json"]
     assert [path.name for path in paths] == names and all(path.stat().st_size > 20 for path in paths)
     mark = json.loads(paths[-1].read_text())
@@ -149,8 +150,8 @@ def test_a_comparison_has_the_agreed_columns() -> None:
 def test_the_report_has_per_figure_picture_table_setting_and_differences(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     scripts = [script(tmp_path / "scripts", name) for name in ("fig9_toy", "fig10_toy")]
-    write(toy_figure(drawn=True), tmp_path, scale="laptop", seconds=3.2, script=scripts[0])
-    write(toy_figure("extra"), tmp_path, scale="laptop", seconds=3.2, script=scripts[0])
+    write(toy_figure(drawn=True), tmp_path, scale="laptop", seconds=3.2, script=identity(scripts[0]))
+    write(toy_figure("extra"), tmp_path, scale="laptop", seconds=3.2, script=identity(scripts[0]))
     (tmp_path / "rows.json").write_text("[1]")
     text = write_report(tmp_path, scripts, {"fig10_toy": "it broke"}).read_text()
     sections = re.split(r"^## ", text, flags=re.MULTILINE)

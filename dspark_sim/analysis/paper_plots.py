@@ -43,13 +43,8 @@ def draw_ours(
     """A line of ours with its intervals (left out where NaN)."""
     color, marker, name = STYLES[drafter]
     bars = None if low is None or high is None else [(y - low).clip(lower=0), (high - y).clip(lower=0)]
-    axis.errorbar(
-        *(x, y),
-        yerr=bars,
-        **{"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6, "elinewidth": 0.9, "capsize": 2},
-        label=name,
-        zorder=3,
-    )
+    style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6, "elinewidth": 0.9}
+    axis.errorbar(x, y, yerr=bars, capsize=2, label=name, zorder=3, **style)
 
 
 def draw_paper(axis: Axes, drafter: str, x: npt.ArrayLike, y: npt.ArrayLike) -> None:
