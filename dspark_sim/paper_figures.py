@@ -227,7 +227,7 @@ def script_main(make: Make) -> None:
     def main(scale: Scale = "laptop", out: Path = Path("runs/paper")) -> None:
         for figure in run_script(make, scale, out):
             print(f"\n{figure.title}. {figure.setting}\n\n{aligned(figure.comparison)}\n\n{figure.differs}")
-            print(f"Wrote {out / figure.name} .csv, _comparison.csv" + (", .png, .pdf." if figure.figure else "."))
+            print(f"Wrote {out / figure.name}.csv and the files beside it.")
 
     about = inspect.getmodule(make).__doc__ or ""
     try:

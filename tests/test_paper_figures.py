@@ -194,6 +194,12 @@ def test_the_clones_scripts_are_found_and_none_is_a_sentence(
     assert capsys.readouterr().err == f"error: no scripts of paper figures in {tmp_path}; give another folder\n"
 
 
+def test_every_script_has_a_row_in_the_readme() -> None:
+    text = (ROOT / "experiments" / "paper" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]+\| `(\w+)\.py` \|[^|]+\|[^|]+\|[^|]+\|$", text, re.MULTILINE)
+    assert len(rows) == len(set(rows)) and {path.stem for path in find_scripts()} <= set(rows)
+
+
 # ---- running --------------------------------------------------------------------------------------------------------
 
 

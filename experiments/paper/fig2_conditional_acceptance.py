@@ -82,9 +82,9 @@ def differs(ours: pd.DataFrame) -> str:
     ends = {name: f"{macro.loc[name, 1]:.2f} at position 1 and {macro.loc[name, 7]:.2f} at 7" for name in DRAFTERS}
     return (
         f"Ours lie lower (mean of the domains: DSpark {ends['dspark']}, DFlash {ends['dflash']}, Eagle3 "
-        f"{ends['eagle3']}), as a small drafter of a small target agrees with it less often. What the paper's panels show, DFlash falling "
-        "along the block, Eagle3 rising and DSpark starting high and holding, comes from how the three draft and not "
-        "from their size."
+        f"{ends['eagle3']}), as a small drafter of a small target agrees with it less often. What the paper's panels "
+        "show, DFlash falling along the block, Eagle3 rising and DSpark starting high and holding, comes from how the "
+        "three draft and not from their size."
     )
 
 

@@ -125,10 +125,10 @@ def differs(scores: pd.DataFrame) -> str:
     mean = shown.groupby("method")[["ece", "ece_floor"]].mean()
     return (
         f"Our confidences err by {mean.loc['before', 'ece']:.1%} before STS and {mean.loc['after', 'ece']:.1%} after "
-        f"it (means of the four positions), where exact probabilities would show {mean.loc['before', 'ece_floor']:.1%} on "
-        "so few blocks; the paper's err by 5.8 % before and 1.2 % after. Ours leave STS less to mend, likely because the "
-        "confidence head was trained on text of the very target, sampled as the evaluated outputs are, and Alpaca is "
-        "foreign to theirs."
+        f"it (means of the four positions), where exact probabilities would show {mean.loc['before', 'ece_floor']:.1%} "
+        "on so few blocks; the paper's err by 5.8 % before and 1.2 % after. Ours leave STS less to mend, likely "
+        "because the confidence head was trained on text of the very target, sampled as the evaluated outputs are, "
+        "and Alpaca is foreign to theirs."
     )
 
 
