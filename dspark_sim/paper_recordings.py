@@ -107,10 +107,12 @@ def setting(trace: Trace, drafters: str) -> str:
     config, hardware = trace.config, trace.provenance
     temperature, domains = config["sampling"]["temperature"], trace.requests["domain"]
     shown = ", ".join(name for name in DOMAINS if name in set(domains))
+    threads = "1 thread" if hardware["num_threads"] == 1 else f"{hardware['num_threads']} threads"
     return (
-        f"Target {config['target']} ({hardware['dtype']}), drafters {drafters}, γ = {config['block_size']}, "
+        f"Target {config['target']} ({hardware['dtype']}), drafter{'s' if ',' in drafters else ''} {drafters}, "
+        f"γ = {config['block_size']}, "
         f"T = {temperature:g}, {domains.size} bundled prompts ({shown}), at most {config['max_tokens']} output tokens; "
-        f"{hardware['device']}, {hardware['num_threads']} threads"
+        f"{hardware['device']}, {threads}"
     )
 
 

@@ -37,14 +37,16 @@ def write_report(out: Path, scripts: Sequence[Path], failures: Mapping[str, str]
         "# The paper's table and figures from our own runs",
         "",
         "Paper: *DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation*, arXiv "
-        "2607.05147; its values were read from its figures. Ours: `dspark-sim figures`. Intervals are 95 %, by bootstrap "
-        "over prompts where nothing else is said; a dash is a value that does not exist.",
+        "2607.05147; its values were read from its figures. Ours: `dspark-sim figures`. Intervals are 95 %, by "
+        "bootstrap over prompts where nothing else is said; a dash is a value that does not exist.",
         "",
         "| figure | scale | seconds |",
         "| --- | --- | ---: |",
     ]
     for name, marks in found.items():
-        lines += [f"| [{mark['title']}](#{_anchor(mark['title'])}) | {_scale(mark)} | {_seconds(mark)} |" for mark in marks]
+        lines += [
+            f"| [{mark['title']}](#{_anchor(mark['title'])}) | {_scale(mark)} | {_seconds(mark)} |" for mark in marks
+        ]
         if not marks:
             lines.append(f"| `{name}` | not made | - |")
     if failures:
@@ -105,5 +107,3 @@ def _anchor(title: str) -> str:
     """The anchor that Markdown viewers give to a heading."""
     kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
     return kept.replace(" ", "-")
-
-

@@ -48,8 +48,8 @@ def make(scale: Scale, out: Path) -> PaperFigure:
         setting=f"{about}; every scale and machine gives the same",
         differs=(
             "Nothing differs: the enumeration multiplies the engine's own acceptance rule along every branch and gives "
-            "the paper's .85 for the global argmax and .70, the target's own, for Algorithm 1. The other policies are not "
-            "in the paper; they decide before they know the token, or look at nothing, and give .70 too."
+            "the paper's .85 for the global argmax and .70, the target's own, for Algorithm 1. The other policies are "
+            "not in the paper; they decide before they know the token, or look at nothing, and give .70 too."
         ),
     )
 
@@ -60,11 +60,14 @@ def draw(table, note):
     colors = ["#D55E00" if abs(bias) > 1e-9 else "#0072B2" for bias in table["bias"]]
     axis.barh(places, table["probability_of_a"], color=colors, height=0.6, label="ours")
     axis.axvline(TARGET, color="#333333", linewidth=1.0, linestyle="--", label="the target's p(A)")
-    published = [(place, PUBLISHED[name]) for place, name in zip(places, table["policy"], strict=True) if name in PUBLISHED]
+    published = [
+        (place, PUBLISHED[name]) for place, name in zip(places, table["policy"], strict=True) if name in PUBLISHED
+    ]
     style = {"linestyle": "none", "marker": "o", "markersize": 8, "markerfacecolor": "none", "color": "#333333"}
     axis.plot([value for _, value in published], [place for place, _ in published], label="the paper's", **style)
     for place, value in zip(places, table["probability_of_a"], strict=True):
-        axis.text(value + 0.015, place, f"{value:.2f}", va="center", fontsize=9)
+        axis.text(value + 0.02, place, f"{value:.2f}", va="center", fontsize=9)
+    axis.set_axisbelow(True)
     axis.set_yticks(places, table["policy"])
     axis.set(xlim=(0, 1), xlabel="probability that the first token is A")
     figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False, fontsize=9)

@@ -57,7 +57,7 @@ def draw(ours, paper, note):
         axis.set_title(domain, fontsize=10)
         axis.set_xlabel("draft position")
         axis.set_xticks(range(1, 8))
-        axis.set_ylim(0.3, 1.0)
+        axis.set_ylim(0.3 if ours[VALUE].min() > 0.3 else 0.0, 1.03)
     axes[0].set_ylabel("conditional acceptance (fraction)")
     legend(figure, axes[0], "the paper's (Qwen3-4B)")
     return caption(figure, note)
@@ -81,10 +81,10 @@ def differs(ours: pd.DataFrame) -> str:
     macro = ours[ours["domain"] == "macro"].pivot(index="drafter", columns="position", values=VALUE)
     ends = {name: f"{macro.loc[name, 1]:.2f} at position 1 and {macro.loc[name, 7]:.2f} at 7" for name in DRAFTERS}
     return (
-        f"Ours lie lower (mean of the domains: DSpark {ends['dspark']}, DFlash {ends['dflash']}, Eagle3 {ends['eagle3']}), "
-        "as a small drafter of a small target agrees with it less often. What the paper's panels show, DFlash falling "
-        "along the block, Eagle3 rising and DSpark starting high and holding, comes from how the three draft and not "
-        "from their size."
+        f"Ours lie lower (mean of the domains: DSpark {ends['dspark']}, DFlash {ends['dflash']}, Eagle3 "
+        f"{ends['eagle3']}), as a small drafter of a small target agrees with it less often. What the paper's panels "
+        "show, DFlash falling along the block, Eagle3 rising and DSpark starting high and holding, comes from how the "
+        "three draft and not from their size."
     )
 
 

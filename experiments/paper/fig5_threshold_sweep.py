@@ -130,11 +130,11 @@ def differs(table: pd.DataFrame) -> str:
     rate = table.groupby("confidence_threshold")["acceptance_rate"].mean()
     kept = table.groupby("confidence_threshold")["accepted_tokens_per_step"].mean()
     return (
-        f"Both trade length for acceptance (ours from {rate[0.0]:.2f} to {rate[0.9]:.2f} of the verified tokens while the "
-        f"accepted length falls from {kept[0.0]:.2f} to {kept[0.9]:.2f}, means of the domains), but ours starts lower, "
-        "because most of our blocks end after one or two drafts and the rest of the seven is rejected. For the same "
-        "reason our threshold cuts rejected tokens from the first steps on in all three domains, which the paper sees in "
-        "chat alone."
+        f"Both trade length for acceptance (ours from {rate[0.0]:.2f} to {rate[0.9]:.2f} of the verified tokens while "
+        f"the accepted length falls from {kept[0.0]:.2f} to {kept[0.9]:.2f}, means of the domains), but ours starts "
+        "lower, because most of our blocks end after one or two drafts and the rest of the seven is rejected. For the "
+        "same reason our threshold cuts rejected tokens from the first steps on in all three domains, which the paper "
+        "sees in chat alone."
     )
 
 
