@@ -102,7 +102,7 @@ def differs(table, paper):
         f"The scheduler's budget and its throughput over MTP-1's go, {', '.join(said)}; whole blocks of ours end at "
         f"{lost:+.0f} %. Our servers fill within tens of users and not hundreds, because a CPU is bound by arithmetic "
         "from some dozen tokens on, and our small drafter is accepted less often, so less of its blocks is worth "
-        "verifying at any load and the gain is gone sooner."
+        "verifying at any load."
     )
 
 
