@@ -1,9 +1,9 @@
 """The DSpark paper's published numbers, as CSV files beside this module, and their loaders.
 
-Acceptance lengths are tokens per round, bonus included; gains and acceptances are fractions. Figures were digitised
-from the paper's vector graphics (error 1e-6; counts exact). In those of Figure 6, forecasts and outcomes are prefix
-survivals of Qwen3-4B's DSpark drafter on Alpaca, in 20 equal bins, ``before`` and ``after`` sequential temperature
-scaling.
+Every file, its units and its error are listed in `README.md` beside it. Acceptance lengths are tokens per round, bonus
+included; gains and acceptances are fractions. Figures were digitised from the paper's vector graphics. In those of
+Figure 6, forecasts and outcomes are prefix survivals of Qwen3-4B's DSpark drafter on Alpaca, in 20 equal bins,
+``before`` and ``after`` sequential temperature scaling.
 """
 
 from __future__ import annotations
@@ -53,3 +53,28 @@ def printed_gains() -> dict[str, tuple[float, float]]:
     """The smallest and the largest gain of DSpark that the paper prints, by the drafter it is over."""
     gains = table1().dropna(subset=["dspark_gain"]).groupby("drafter")["dspark_gain"]
     return {str(name): (float(values.min()), float(values.max())) for name, values in gains}
+
+
+def curve(name: str, **labels: str) -> pd.DataFrame:
+    """The rows of a file that carry all the labels, without the columns of these labels, in the file's order.
+
+    Parameters
+    ----------
+    name
+        As for `load`, such as ``fig8_throughput`` or ``fig7_frontier``.
+    labels
+        Columns and what they hold, such as ``target_model="deepseek-v4-flash", drafter="mtp-1"``.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, column or label.
+    """
+    frame = load(name)
+    for column, label in labels.items():
+        if column not in frame:
+            raise UserError(f"{name} has no column {column!r}; choose one of {', '.join(frame.columns)}")
+        if label not in set(frame[column]):
+            raise UserError(f"{name} has no {column} {label!r}; choose one of {', '.join(sorted(set(frame[column])))}")
+        frame = frame[frame[column] == label]
+    return frame.drop(columns=list(labels)).reset_index(drop=True)
