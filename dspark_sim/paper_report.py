@@ -81,6 +81,8 @@ def _section(out: Path, script: str, mark: dict[str, Any]) -> list[str]:
         ours, low, high, paper = (_number(row[key], unit) for key in ("ours", "low", "high", "paper"))
         interval = "-" if low == high == "-" else f"[{low}, {high}]"
         lines.append(f"| {row['quantity']} | {ours} | {interval} | {paper} | {unit or '-'} |")
+    if mark["scale"] == "smoke":
+        lines += ["", "At scale `smoke` the numbers only show that it runs; they are of too few prompts to compare."]
     files = ", ".join(f"[{file}]({file})" for file in mark["files"])
     return [*lines, "", mark["differs"], "", f"Files: {files}."]
 

@@ -30,6 +30,7 @@ _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = (2.0, 10.0)
 """How long an interrupted script may take to end by itself, and then when it was told to."""
 _PLACE = Path("experiments") / "paper"
+_MAKES_A_FIGURE = re.compile(r"\b(script_main|run_script)\(")
 
 
 def find_scripts(folder: Path | None = None) -> list[Path]:
@@ -48,8 +49,8 @@ def find_scripts(folder: Path | None = None) -> list[Path]:
     clone = Path(dspark_sim.__file__).resolve().parent.parent
     places = [clone / _PLACE, Path.cwd() / _PLACE] if folder is None else [folder]
     for place in places:
-        # A module that scripts share has no main.
-        found = [path for path in place.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+        # Others there are modules that scripts share, or make what they need.
+        found = [path for path in place.glob("*.py") if _MAKES_A_FIGURE.search(path.read_text(encoding="utf-8"))]
         if found:
             return sorted(found, key=_order)
     remedy = "run this in a clone of the project, or give --scripts" if folder is None else "give another folder"

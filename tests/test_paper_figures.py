@@ -179,6 +179,7 @@ def test_scripts_come_in_the_papers_order_and_shared_modules_are_none(tmp_path: 
     for name in names:
         script(tmp_path, name)
     (tmp_path / "shared.py").write_text("X = 1\n")
+    (tmp_path / "train.py").write_text('if __name__ == "__main__":\n    print()\n')
     found = find_scripts(tmp_path)
     assert [path.stem for path in found] == ["table1_a", "fig2_b", "fig10_z", "appendix_a", "predict"]
     assert [path.stem for path in choose(found, ["predict", "fig2"])] == ["fig2_b", "predict"]

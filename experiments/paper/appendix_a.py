@@ -57,8 +57,10 @@ def make(scale: Scale, out: Path) -> PaperFigure:
 def draw(table, note):
     figure, (axis,) = panels(1, width=6.6, height=3.6)
     places = range(len(table))[::-1]
-    colors = ["#D55E00" if abs(bias) > 1e-9 else "#0072B2" for bias in table["bias"]]
-    axis.barh(places, table["probability_of_a"], color=colors, height=0.6, label="ours")
+    biased = table["bias"].abs() > 1e-9
+    for rows, color, label in ((biased, "#D55E00", "ours, biased"), (~biased, "#0072B2", "ours, the target's law")):
+        chances = table["probability_of_a"].where(rows, 0.0)
+        axis.barh(places, chances, color=color, height=0.6, label=label)
     axis.axvline(TARGET, color="#333333", linewidth=1.0, linestyle="--", label="the target's p(A)")
     published = [
         (place, PUBLISHED[name]) for place, name in zip(places, table["policy"], strict=True) if name in PUBLISHED
@@ -70,7 +72,7 @@ def draw(table, note):
     axis.set_axisbelow(True)
     axis.set_yticks(places, table["policy"])
     axis.set(xlim=(0, 1), xlabel="probability that the first token is A")
-    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False, fontsize=9)
     return caption(figure, note)
 
 

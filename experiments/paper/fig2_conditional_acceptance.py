@@ -18,6 +18,8 @@ from dspark_sim.workload import DOMAINS
 
 DRAFTERS = ("eagle3", "dflash", "dspark")
 VALUE = "conditional_acceptance"
+FEWEST = 10
+"""Rounds that reach a position that is drawn; the CSV has all positions."""
 
 
 def make(scale: Scale, out: Path) -> PaperFigure:
@@ -33,10 +35,13 @@ def make(scale: Scale, out: Path) -> PaperFigure:
     )
     ours, paper = table[table["source"] == "rounds"], load("fig2_conditional_acceptance")
     about = setting(traces["dspark"], ", ".join(DRAFTERS))
+    note = (
+        f"{about}. Bars: 95 % by bootstrap over prompts; positions that fewer than {FEWEST} rounds reach are not drawn."
+    )
     return PaperFigure(
         name="fig2_conditional_acceptance",
         title="Figure 2: conditional acceptance by position",
-        figure=draw(ours, paper, f"{about}. Bars: 95 % by bootstrap over prompts. The paper's: Qwen3-4B, T = 1."),
+        figure=draw(ours, paper, note),
         table=table,
         comparison=compare(ours, paper),
         setting=f"{about}. The paper's target is Qwen3-4B",
@@ -48,7 +53,7 @@ def draw(ours, paper, note):
     figure, axes = panels(3, width=3.6, height=4.3, sharey=True)
     for axis, domain in zip(axes, DOMAINS, strict=True):
         for number, drafter in enumerate(DRAFTERS):
-            row = ours[(ours["domain"] == domain) & (ours["drafter"] == drafter)].dropna(subset=[VALUE])
+            row = ours[(ours["domain"] == domain) & (ours["drafter"] == drafter) & (ours["num_reached"] >= FEWEST)]
             # Side by side, so that no bar hides another.
             places = row["position"] + 0.1 * (number - 1)
             draw_ours(axis, drafter, places, row[VALUE], row[f"{VALUE}_low"], row[f"{VALUE}_high"])
@@ -57,7 +62,7 @@ def draw(ours, paper, note):
         axis.set_title(domain, fontsize=10)
         axis.set_xlabel("draft position")
         axis.set_xticks(range(1, 8))
-        axis.set_ylim(0.3 if ours[VALUE].min() > 0.3 else 0.0, 1.03)
+        axis.set_ylim(0.0, 1.03)
     axes[0].set_ylabel("conditional acceptance (fraction)")
     legend(figure, axes[0], "the paper's (Qwen3-4B)")
     return caption(figure, note)
@@ -79,12 +84,13 @@ def compare(ours, paper):
 
 def differs(ours: pd.DataFrame) -> str:
     macro = ours[ours["domain"] == "macro"].pivot(index="drafter", columns="position", values=VALUE)
-    ends = {name: f"{macro.loc[name, 1]:.2f} at position 1 and {macro.loc[name, 7]:.2f} at 7" for name in DRAFTERS}
+    ends = {name: f"{macro.loc[name, 1]:.2f} to {macro.loc[name, 4]:.2f}" for name in DRAFTERS}
     return (
-        f"Ours lie lower (mean of the domains: DSpark {ends['dspark']}, DFlash {ends['dflash']}, Eagle3 "
-        f"{ends['eagle3']}), as a small drafter of a small target agrees with it less often. What the paper's panels "
-        "show, DFlash falling along the block, Eagle3 rising and DSpark starting high and holding, comes from how the "
-        "three draft and not from their size."
+        f"Ours lie lower (from position 1 to 4, mean of the domains: DSpark {ends['dspark']}, DFlash {ends['dflash']}, "
+        f"Eagle3 {ends['eagle3']}), as a small drafter of a small target agrees with it less often; DFlash loses most "
+        "along the block and DSpark's sequential head less, as in the paper. Unlike the paper's, our Eagle3 is not "
+        "below DSpark behind the first position: a whole layer for each draft is much beside a target of 30 narrow "
+        "layers, and intervals widen along the block because few rounds get there."
     )
 
 

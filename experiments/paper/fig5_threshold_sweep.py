@@ -33,7 +33,7 @@ def make(scale: Scale, out: Path) -> PaperFigure:
         table=table,
         comparison=compare(table, paper),
         setting=f"{about}. The paper's target is Qwen3-4B, on GSM8K, HumanEval and MT-Bench",
-        differs=differs(table),
+        differs=differs(table, paper),
     )
 
 
@@ -126,15 +126,18 @@ def compare(ours, paper):
     return pd.DataFrame(rows)
 
 
-def differs(table: pd.DataFrame) -> str:
-    rate = table.groupby("confidence_threshold")["acceptance_rate"].mean()
-    kept = table.groupby("confidence_threshold")["accepted_tokens_per_step"].mean()
+def differs(ours: pd.DataFrame, paper: pd.DataFrame) -> str:
+    mine, theirs = (
+        frame.groupby("confidence_threshold")[["accepted_tokens_per_step", "rejected_tokens_per_step"]].mean()
+        for frame in (ours, paper)
+    )
+    lengths = [f"{frame.iloc[0, 0]:.2f} to {frame.iloc[-1, 0]:.2f}" for frame in (mine, theirs)]
+    verified = [f"{frame.loc[0.3].sum():.1f}" for frame in (mine, theirs)]
     return (
-        f"Both trade length for acceptance (ours from {rate[0.0]:.2f} to {rate[0.9]:.2f} of the verified tokens while "
-        f"the accepted length falls from {kept[0.0]:.2f} to {kept[0.9]:.2f}, means of the domains), but ours starts "
-        "lower, because most of our blocks end after one or two drafts and the rest of the seven is rejected. For the "
-        "same reason our threshold cuts rejected tokens from the first steps on in all three domains, which the paper "
-        "sees in chat alone."
+        f"Both trade length for acceptance, ours harder: from threshold 0 to .9 the accepted length falls from "
+        f"{lengths[0]} tokens (means of the domains; the paper's {lengths[1]}), because our confidences seldom reach "
+        f".9. Most of our blocks end after one or two drafts, so the acceptance rate starts lower, and a threshold of "
+        f".3 already leaves only {verified[0]} tokens a round to verify (the paper's {verified[1]})."
     )
 
 

@@ -82,10 +82,10 @@ def differs(macro: pd.DataFrame) -> str:
     printed = {name: f"{100 * low:.0f} to {100 * high:.0f} %" for name, (low, high) in printed_gains().items()}
     return (
         f"Ours are shorter throughout (macro {macro.loc['dspark', 'accept_len']:.2f} tokens for DSpark), for the "
-        "target has 135 M parameters and the drafters 4 to 11 M, trained on 10 million tokens. DSpark's gain over DFlash "
-        f"is {gains['dflash']:+.1f} % (the paper's Qwen3 targets: {printed['dflash']}), over Eagle3 "
-        f"{gains['eagle3']:+.1f} % ({printed['eagle3']}): Eagle3 runs a whole layer for each draft, which is one of 30 in our target and so a "
-        "strong drafter, and our DSpark has three layers beside it where the paper's has five."
+        "target has 135 M parameters and the drafters 4 to 11 M, trained on 10 million tokens. DSpark's gain over "
+        f"DFlash is {gains['dflash']:+.1f} % (the paper's Qwen3 targets: {printed['dflash']}), over Eagle3 "
+        f"{gains['eagle3']:+.1f} % ({printed['eagle3']}): Eagle3 runs a whole layer for each draft, which is one of 30 "
+        "in our target and so a strong drafter, and our DSpark has three layers where the paper's has five."
     )
 
 
