@@ -99,7 +99,7 @@ def _double(config):
         for parameter in drafter.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     batches = Batches(sequences, config.sequences_per_update, config.anchors_per_sequence, config.seed)
-    return trainer._Trainer(config, target, drafter, None), batches
+    return trainer.Trainer(config, target, drafter, None), batches
 
 
 def _gradients(found):
