@@ -41,8 +41,8 @@ TEMPERATURES = (0.0, 1.0)
 CONTEXTS = (512, 1024, 2048, 4096)
 NUM_REQUESTS = 128
 COLUMNS = (
-    *("head", "num_layers", "block_size", "temperature", "domain", "prompt_id", "rounds", "num_tokens"),
-    *("num_updates", "seed"),
+    *("head", "num_layers", "block_size", "temperature", "domain", "prompt_id"),
+    *("rounds", "num_tokens", "whole_rounds", "whole_emitted", "num_updates", "seed"),
 )
 
 
@@ -190,7 +190,7 @@ class Evaluate(Common):
                 tables.append(sums.assign(temperature=f"{temperature:g}"))
             frame = pd.concat(tables, ignore_index=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(frame[["temperature", "domain", "prompt_id", "rounds", "num_tokens"]], path)
+            write(frame[[name for name in COLUMNS if name in frame.columns]], path)
 
 
 @dataclass(frozen=True)
