@@ -36,6 +36,7 @@ _COMMANDS = {
     "fidelity": ("fidelity", "Fidelity"),
     "verify": ("whole", "Verify"),
     "evaluate": ("evaluate", "Evaluate"),
+    "figures": ("figures", "Figures"),
     "fit-margin": ("live", "FitMargin"),
     "calibrate": ("calibrate", "Calibrate"),
     "export": ("export", "Export"),
@@ -65,6 +66,7 @@ commands:
   fidelity         how far the simulator may be trusted here: a grid of live runs, each simulated
   verify           check here that speculation changes the speed and not the output
   evaluate         compare drafters: acceptance by domain and position, and speed
+  figures          the paper's table and figures from our own runs, beside the published values
   synthesise       let the target write training text
   merge-synthesis  make one file of several that it wrote
   train            train a drafter (DSpark, DFlash, Eagle3 or MTP)

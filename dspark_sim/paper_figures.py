@@ -19,7 +19,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -90,7 +90,9 @@ Make = Callable[[Scale, Path], PaperFigure | Sequence[PaperFigure]]
 """Takes the scale and the folder of results (recordings are shared in its folder ``recordings``)."""
 
 
-def compared(quantity: str, ours: float, paper: float | None, unit: str, interval: Sequence[float] = ()) -> dict[str, Any]:
+def compared(
+    quantity: str, ours: float, paper: float | None, unit: str, interval: Sequence[float] = ()
+) -> dict[str, Any]:
     """A row of a comparison.
 
     Parameters
@@ -110,7 +112,12 @@ def compared(quantity: str, ours: float, paper: float | None, unit: str, interva
 
 
 def write(
-    figure: PaperFigure, out: Path, *, scale: Scale | None = None, seconds: float | None = None, script: str | None = None
+    figure: PaperFigure,
+    out: Path,
+    *,
+    scale: Scale | None = None,
+    seconds: float | None = None,
+    script: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write a figure's files; the last one, ``name.json``, marks the others as complete.
 
@@ -123,7 +130,7 @@ def write(
     scale, seconds
         At what scale and how long it was made.
     script
-        `digest` of the script that made it.
+        `identity` of the script that made it; a figure is complete as long as its script does not change.
 
     Returns
     -------
@@ -155,17 +162,18 @@ def write(
             frame.to_csv(partial, index=False, lineterminator="\n")
     document = {
         **{"name": figure.name, "title": figure.title, "scale": scale, "setting": figure.setting},
-        **{"differs": figure.differs, "files": [path.name for path in paths], "seconds": seconds, "script": script},
+        **{"differs": figure.differs, "files": [path.name for path in paths], "seconds": seconds},
+        "script": None if script is None else dict(script),
         "provenance": provenance(),
     }
     write_json(mark, document)
     return [*paths, mark]
 
 
-def digest(script: Path) -> str:
-    """Names what a script is now: a changed one makes its figure anew."""
+def identity(script: Path) -> dict[str, str]:
+    """``name`` and ``digest`` of a script as it is now: a changed one makes its figure anew."""
     with explain_os_errors(script, "read"):
-        return hashlib.sha256(script.read_bytes()).hexdigest()[:12]
+        return {"name": script.stem, "digest": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
 
 
 def read_mark(name: str, out: Path) -> dict[str, Any] | None:
@@ -181,7 +189,7 @@ def read_mark(name: str, out: Path) -> dict[str, Any] | None:
 def is_complete(script: Path, out: Path, scale: Scale) -> bool:
     """Whether a script, as it is now, has finished at this scale."""
     document = read_mark(script.stem, out)
-    return document is not None and document.get("scale") == scale and document.get("script") == digest(script)
+    return document is not None and document.get("scale") == scale and document.get("script") == identity(script)
 
 
 def run_script(make: Make, scale: Scale, out: Path) -> list[PaperFigure]:
@@ -193,13 +201,14 @@ def run_script(make: Make, scale: Scale, out: Path) -> list[PaperFigure]:
         If the first figure has another name than the script.
     """
     script, start = Path(inspect.getfile(make)), perf_counter()
+    own = identity(script)
     made = make(scale, out)
     figures = [made] if isinstance(made, PaperFigure) else list(made)
     if not figures or figures[0].name != script.stem:
         found = figures[0].name if figures else "none"
         raise UserError(f"the first figure of {script.name} is {found}; name it {script.stem}")
     for figure in reversed(figures):
-        write(figure, out, scale=scale, seconds=perf_counter() - start, script=digest(script))
+        write(figure, out, scale=scale, seconds=perf_counter() - start, script=own)
     return figures
 
 
@@ -218,9 +227,9 @@ def script_main(make: Make) -> None:
     def main(scale: Scale = "laptop", out: Path = Path("runs/paper")) -> None:
         for figure in run_script(make, scale, out):
             print(f"\n{figure.title}. {figure.setting}\n\n{aligned(figure.comparison)}\n\n{figure.differs}")
-            print(f"Wrote {out / figure.name} .csv, _comparison.csv" + (", .png, .pdf." if figure.figure else "."))
+            print(f"Wrote {out / figure.name}.csv and the files beside it.")
 
-    about = inspect.getmodule(make).__doc__ or ""  # type: ignore[union-attr]
+    about = inspect.getmodule(make).__doc__ or ""
     try:
         tyro.cli(main, prog=name, description=about)
     except UserError as error:

@@ -33,18 +33,18 @@ STYLES: dict[str, tuple[str, str, str]] = {
 
 
 def draw_ours(
-    axis: Axes, drafter: str, x: npt.ArrayLike, y: pd.Series, low: pd.Series | None = None, high: pd.Series | None = None
+    axis: Axes,
+    drafter: str,
+    x: npt.ArrayLike,
+    y: pd.Series,
+    low: pd.Series | None = None,
+    high: pd.Series | None = None,
 ) -> None:
     """A line of ours with its intervals (left out where NaN)."""
     color, marker, name = STYLES[drafter]
     bars = None if low is None or high is None else [(y - low).clip(lower=0), (high - y).clip(lower=0)]
-    axis.errorbar(
-        *(x, y),
-        yerr=bars,
-        **{"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6, "elinewidth": 0.9, "capsize": 2},
-        label=name,
-        zorder=3,
-    )
+    style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6, "elinewidth": 0.9}
+    axis.errorbar(x, y, yerr=bars, capsize=2, label=name, zorder=3, **style)
 
 
 def draw_paper(axis: Axes, drafter: str, x: npt.ArrayLike, y: npt.ArrayLike) -> None:
@@ -61,9 +61,7 @@ def legend(figure: Figure, axis: Axes, paper: str = "the paper's") -> None:
         Line2D([], [], color=INK, marker="o", markersize=5, linewidth=1.6),
         Line2D([], [], color=INK, marker="o", markersize=5, markerfacecolor="white", linestyle="--", alpha=0.6),
     ]
-    figure.legend(
-        handles, [*names, "ours", paper], loc="upper center", ncols=len(handles), frameon=False, fontsize=9
-    )
+    figure.legend(handles, [*names, "ours", paper], loc="upper center", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def panels(num_panels: int, width: float = 3.4, height: float = 3.7, **options: Any) -> tuple[Figure, list[Axes]]:
