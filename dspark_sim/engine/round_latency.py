@@ -1,4 +1,4 @@
-"""Seconds of a decode round, measured at a fixed batch and context: draft, verify all of it, choose the target's tokens.
+"""Seconds of a decode round at a fixed batch and context: draft, verify all of it, choose the target's tokens.
 
 Step times depend on shapes and not on what weights or caches hold, so caches are filled with random numbers instead of
 prompts, and networks may have random weights. Every round starts from the same state: requests stand at the same

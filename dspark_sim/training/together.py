@@ -64,7 +64,9 @@ def train_together(configs: Sequence[TrainConfig], longest_block: int | None = N
         batches = Batches(train_set, shared.sequences_per_update, shared.anchors_per_sequence, shared.seed)
         done = [trainer.resume() for trainer in trainers]
         begin, end = min(done), shared.num_updates
-        for update in tqdm(range(begin, end), initial=begin, total=end, unit="update", desc=f"train {len(trainers)} drafters"):
+        for update in tqdm(
+            range(begin, end), initial=begin, total=end, unit="update", desc=f"train {len(trainers)} drafters"
+        ):
             start = perf_counter()
             batch = batches.of(update)
             packed = pack(batch, longest, group.device)

@@ -51,7 +51,9 @@ class Study:
         """Target, training and hardware in one line."""
         updates = sorted(self.frame["num_updates"].unique())
         text = f"{updates[0]:,}" if len(updates) == 1 else f"{updates[0]:,} to {updates[-1]:,}"
-        return f"Target {TARGET}, drafters alike but for what is compared, {text} updates each, {self.hardware}, one seed"
+        return (
+            f"Target {TARGET}, drafters alike but for what is compared, {text} updates each, {self.hardware}, one seed"
+        )
 
     def lengths(self, temperature: float) -> dict[Key, dict[str, Resampled]]:
         """Accepted length by drafter and domain (and ``macro``); all on the same resampled prompts."""

@@ -11,7 +11,7 @@ Several processes share the work by `--part i/n`, each on its own device, after 
     ... evaluate --part 1/6 --device cuda:0 --out RUN, and, by one of them, outputs before and collect behind
 
 `collect` writes ``depth_and_length.csv`` (a row per drafter, temperature and prompt), ``learning_curves.csv`` and
-``round_latency.csv`` to the run's folder. With `--check` sizes are tiny: a run of minutes on a CPU, to see that it runs.
+``round_latency.csv`` to the run's folder. With `--check` sizes are tiny: minutes on a CPU, to see that it runs.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ class Latency(Common):
         write(latency_table(target, num_requests, contexts, repeats), self.out / "round_latency.csv")
 
 
-def latency_table(target: Any, num_requests: int, contexts: tuple[int, ...], repeats: int, **shape: Any) -> pd.DataFrame:
+def latency_table(
+    target: Any, num_requests: int, contexts: tuple[int, ...], repeats: int, **shape: Any
+) -> pd.DataFrame:
     """Round latency of every head and length: a row each per context, in milliseconds."""
     import torch
 
