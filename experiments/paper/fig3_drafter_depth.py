@@ -2,7 +2,7 @@
 
 The drafters were trained for this figure with `train_depth_and_length.py` (23 minutes on 2 H100, synthesis and
 evaluation included); their rounds per prompt are kept in `data`, so the scales smoke and laptop need no GPU. Scale gpu
-trains them anew: hours on one GPU.
+trains them anew: about an hour on one H100, by estimate.
 """
 
 from pathlib import Path
@@ -112,8 +112,8 @@ def differs(ours, paper):
     return (
         "The order is the paper's: in the mean of the domains length rises with every layer, two layers lose "
         f"{drop:.0f} % of five (the paper's {published_drop:.0f} %), and DSpark with two layers is {order} than DFlash "
-        f"with five ({two:.2f} and {flash:.2f} tokens). Ours are shorter and flatter throughout: another, small target whose answers "
-        "at T = 1 are hard to foresee, and drafters that were trained for minutes."
+        f"with five ({two:.2f} and {flash:.2f} tokens). Ours are shorter and flatter throughout: another, small target "
+        "whose answers at T = 1 are hard to foresee, and drafters that were trained for minutes."
     )
 
 
