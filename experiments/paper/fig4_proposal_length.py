@@ -164,8 +164,8 @@ def differs(lengths, latency):
     return (
         f"The Markov head gains {min(gain):.0f} to {max(gain):.0f} % over DFlash and the RNN head a little more at "
         f"every γ, but beyond γ = 7 lengths grow by at most {beyond:.1f} % (mean of the domains) while the "
-        "paper's go on, because at T = 1 about half of our drafts are rejected and few rounds reach the eighth. Our target is thirty "
-        "times smaller, so drafting is a larger part of a round: the Markov head costs "
+        "paper's go on, because at T = 1 about half of our drafts are rejected and few rounds reach the eighth. "
+        "Our target is thirty times smaller, so drafting is a larger part of a round: the Markov head costs "
         f"{min(cost):.1f} to {max(cost):.1f} % of it (the paper's 0.2 to 1.3 %), and from γ = 3 to 15 DFlash's round "
         f"grows by {growth:.0f} % (the paper's by 3 %)."
     )
