@@ -27,6 +27,7 @@ from dspark_sim.training.config import TrainConfig  # noqa: E402
 from dspark_sim.training.corpus import SCHEMA  # noqa: E402
 from dspark_sim.training.data import Batches, frequent_tokens, pack, read_sequences, valid_slots  # noqa: E402
 from dspark_sim.training.evaluation import evaluate, greedy_acceptance  # noqa: E402
+from dspark_sim.training.together import train_together  # noqa: E402
 from dspark_sim.training.trainer import train  # noqa: E402
 
 VOCABULARY = 60
@@ -99,7 +100,7 @@ def _double(config):
         for parameter in drafter.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     batches = Batches(sequences, config.sequences_per_update, config.anchors_per_sequence, config.seed)
-    return trainer._Trainer(config, target, drafter, None), batches
+    return trainer.Trainer(config, target, drafter, None), batches
 
 
 def _gradients(found):
@@ -251,3 +252,72 @@ def test_impossible_settings_are_refused_in_one_sentence(config, change, message
 def test_more_sequences_per_update_than_there_are_is_refused(config):
     with pytest.raises(UserError, match="lower sequences_per_update"):
         train(replace(config, sequences_per_update=99))
+
+
+TOGETHER = (
+    {"drafter": "dspark", "block_size": 3, "num_layers": 2},
+    {"drafter": "dspark", "block_size": 1, "markov_head_type": "rnn"},
+    {"drafter": "dflash", "block_size": 2},
+)
+
+
+def _together(config, root):
+    return [replace(config, out=str(root / str(number)), **changes) for number, changes in enumerate(TOGETHER)]
+
+
+def _weights(out):
+    from safetensors.torch import load_file
+
+    return load_file(f"{out}/state.safetensors")
+
+
+def test_drafters_trained_together_are_those_trained_alone(config, tmp_path):
+    for one, out in zip(
+        _together(config, tmp_path / "alone"), train_together(_together(config, tmp_path / "together")), strict=True
+    ):
+        alone = train(one)
+        ours, theirs = _curve(out), _curve(alone)
+        assert len(ours) == 3
+        for mine, its in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(its, abs=1e-4, nan_ok=True)
+        weights, expected = _weights(out), _weights(alone)
+        assert weights.keys() == expected.keys()
+        for name in weights:
+            torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_an_interrupted_run_together_goes_on_where_each_drafter_was_saved(config, tmp_path, monkeypatch):
+    whole = [_curve(out) for out in train_together(_together(config, tmp_path / "whole"))]
+    configs, save = _together(config, tmp_path / "halves"), trainer.Trainer.save
+
+    def stop_at_the_second(self, update):
+        if self.out.name == "1":
+            raise KeyboardInterrupt
+        save(self, update)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Trainer, "save", stop_at_the_second)
+        train_together(configs)
+    # The first drafter was saved after two updates and the others never.
+    assert [(tmp_path / "halves" / name / "state.safetensors").exists() for name in "012"] == [True, False, False]
+    for out, expected in zip(train_together(configs), whole, strict=True):
+        found = _curve(out)
+        assert [row["update"] for row in found][-3:] == [1, 2, 3] or [row["update"] for row in found] == [1, 2, 3]
+        for mine, its in zip(found[-3:], expected, strict=True):
+            assert mine == pytest.approx(its, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], "zero drafters"),
+        ([{}, {"out": "b", "drafter": "eagle3"}], "no block drafter"),
+        ([{}, {"out": "b", "muon_lr": 1.0}], "muon_lr is 1.0 for one drafter and"),
+        ([{}, {}], "two drafters have the same folder"),
+        ([{"accumulate": 2}], "need 1"),
+        ([{"block_size": 9}], "longest_block is 8"),
+    ],
+)
+def test_drafters_that_cannot_share_batches_are_refused(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_together([replace(config, **change) for change in changes], longest_block=8)

@@ -74,7 +74,7 @@ def test_a_resumed_run_has_the_curve_and_the_weights_of_a_whole_one(config, tmp_
     assert [row["update"] for row in whole] == ["1", "2", "3", "4"]
 
     halves = replace(config, out=str(tmp_path / "halves"))
-    update = trainer._Trainer.update
+    update = trainer.Trainer.update
 
     def stop_at_2(self, number, batch):
         if number == 2:
@@ -82,7 +82,7 @@ def test_a_resumed_run_has_the_curve_and_the_weights_of_a_whole_one(config, tmp_
         return update(self, number, batch)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainer._Trainer, "update", stop_at_2)
+        patch.setattr(trainer.Trainer, "update", stop_at_2)
         train(halves)
     assert _curve(halves.out) == whole[:2]
     train(halves)
@@ -112,7 +112,7 @@ def test_a_resumed_run_has_the_curve_and_the_weights_of_a_whole_one(config, tmp_
 def test_an_interruption_between_saves_leaves_no_row_twice(config, tmp_path, monkeypatch):
     train(config)
     halves = replace(config, out=str(tmp_path / "halves"))
-    update = trainer._Trainer.update
+    update = trainer.Trainer.update
 
     def stop_at_3(self, number, batch):
         if number == 3:
@@ -120,7 +120,7 @@ def test_an_interruption_between_saves_leaves_no_row_twice(config, tmp_path, mon
         return update(self, number, batch)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainer._Trainer, "update", stop_at_3)
+        patch.setattr(trainer.Trainer, "update", stop_at_3)
         train(halves)
     train(halves)
     assert _curve(halves.out) == _curve(config.out)

@@ -196,6 +196,11 @@ class Packed:
     places: torch.Tensor
     rows: torch.Tensor
 
+    def first_slots(self, block_size: int) -> Packed:
+        """The same anchors with the first slots of their blocks alone; `places` stay."""
+        valid, following, rows = (part[..., :block_size] for part in (self.valid, self.following, self.rows))
+        return Packed(self.tokens, self.anchors, valid, following, self.places, rows)
+
 
 def pack(batch: Batch, block_size: int, device: torch.device) -> Packed:
     """Lay out a part of a batch and copy it to the device without waiting for the copy."""

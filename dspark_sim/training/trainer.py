@@ -12,8 +12,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -72,10 +72,10 @@ def train(config: TrainConfig) -> Path:
                 f"{config.accumulate} need at least {share}; raise it, or start fewer processes"
             )
         target = load_target(config.target, dtype=config.dtype, device=str(group.device))
-        train_set, held_out = _text(config, target, group)
+        train_set, held_out = training_text(config, target, group)
         size = config.draft_vocab_size
         ids = frequent_tokens(train_set, target.config.vocab_size, size) if size else None
-        trainer = _Trainer(config, target, new_drafter(config, target, ids), out, group, text_digest(train_set))
+        trainer = Trainer(config, target, new_drafter(config, target, ids), out, group, text_digest(train_set))
         batches = Batches(train_set, config.sequences_per_update, config.anchors_per_sequence, config.seed)
         start = trainer.resume()
         with (
@@ -104,7 +104,7 @@ def train(config: TrainConfig) -> Path:
     return out
 
 
-def _text(config: TrainConfig, target: Target, group: Processes) -> tuple[list[Sequence], list[Sequence]]:
+def training_text(config: TrainConfig, target: Target, group: Processes) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to train on and held-out ones, neither with a bundled evaluation prompt."""
 
     def say(line: str) -> None:
@@ -121,7 +121,23 @@ def _text(config: TrainConfig, target: Target, group: Processes) -> tuple[list[S
     return train_set, held_out
 
 
-class _Trainer:
+@dataclass(slots=True)
+class TargetStates:
+    """What the target says of a part of a batch.
+
+    Parameters
+    ----------
+    features
+        [S, L, n·d] outputs of the layers that the drafter reads.
+    probs
+        [P, Vd] float32 laws at the distinct positions of `Packed.places`.
+    """
+
+    features: torch.Tensor
+    probs: torch.Tensor
+
+
+class Trainer:
     """Drafter, optimisers and files of one run."""
 
     def __init__(
@@ -147,13 +163,17 @@ class _Trainer:
 
     def update(self, update: int, batch: Batch) -> torch.Tensor:
         """One optimiser step; returns the loss's terms of the whole update, [5] on the device."""
+        return self.step(update, lambda: self.gradients(batch))
+
+    def step(self, update: int, gradients: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """One optimiser step; `gradients` adds them to the weights, and what it returns is returned."""
         start = perf_counter()
         scale = self._schedule(update)
         for _, optimiser, _, rate in self.groups:
             for group in optimiser.param_groups:
                 group["lr"] = rate * scale
             optimiser.zero_grad(set_to_none=True)
-        values = self.gradients(batch)
+        values = gradients()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         for _, optimiser, _, _ in self.groups:
             optimiser.step()
@@ -165,7 +185,8 @@ class _Trainer:
         norm = Norm.of(valid_slots(batch, self.config.block_size))
         values = torch.zeros(5, dtype=torch.float64, device=self.target.device)
         for part in self._parts(batch):
-            terms = self._loss(pack(part, self.config.block_size, self.target.device), norm)
+            packed = pack(part, self.config.block_size, self.target.device)
+            terms = self.loss(packed, norm, self.target_states(packed))
             terms.loss.backward()
             values += terms.values()
         self.group.add_up([p.grad for p in self.drafter.parameters() if p.grad is not None])
@@ -183,17 +204,21 @@ class _Trainer:
         progress = update / max(1, self.config.num_updates)
         return min(1.0, (update + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def _loss(self, packed: Packed, norm: Norm) -> LossTerms:
+    def target_states(self, packed: Packed) -> TargetStates:
+        """What the target says of a part of a batch; any drafter of the same layers and vocabulary may use it."""
+        final, features = dense_target(self.target, packed.tokens, self.drafter.config.target_layer_ids)
+        return TargetStates(features, self._target_probs(final.flatten(0, 1)[packed.places]))
+
+    def loss(self, packed: Packed, norm: Norm, states: TargetStates) -> LossTerms:
+        """Loss of a part of a batch, from what the target says of it."""
         drafter, device = self.drafter, self.target.device
-        final, features = dense_target(self.target, packed.tokens, drafter.config.target_layer_ids)
-        probs = self._target_probs(final.flatten(0, 1)[packed.places])
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            draft_logits, judged = teacher_forced(drafter, packed.tokens, features, packed.anchors)
+            draft_logits, judged = teacher_forced(drafter, packed.tokens, states.features, packed.anchors)
         labels = drafter.target_to_draft[packed.following]
         labels = labels.masked_fill(labels == drafter.config.head_size, -100)
         return dspark_loss(
             draft_logits.flatten(0, 1),
-            probs,
+            states.probs,
             labels.flatten(0, 1),
             None if judged is None else judged.flatten(0, 1),
             packed.valid.flatten(0, 1),
