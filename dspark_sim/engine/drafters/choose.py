@@ -133,6 +133,14 @@ class Confidence:
             self.require_slots(num_slots)
         return (estimates.logit() / estimates.new_tensor(self.temperatures[:num_slots])).sigmoid()
 
+    def calibrate_slot(self, estimates: torch.Tensor, slot: int) -> torch.Tensor:
+        """Estimates [N] of one slot, from 0, at its temperature; as `calibrate` has them."""
+        if not self.temperatures:
+            return estimates
+        if slot >= len(self.temperatures):
+            self.require_slots(slot + 1)
+        return (estimates.logit() / estimates.new_tensor(self.temperatures[slot])).sigmoid()
+
     def estimate(
         self, network: DraftNetwork, hidden: torch.Tensor, embedding: torch.Tensor | None, logits: torch.Tensor
     ) -> torch.Tensor | None:

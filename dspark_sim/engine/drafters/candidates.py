@@ -1,0 +1,124 @@
+"""Candidates of a slot: the tokens that a tree's siblings may have, and how likely each is thought to be accepted.
+
+The first candidate is what a chain would draft (but for mode ``rejection``, see there). By acceptance mode, with the
+drafter's law q at the slot:
+
+* ``greedy``, ``target_match``: the most probable tokens. A candidate's share is q of it.
+* ``coupled``: the best of the exponential race that target and drafter share, by q / noise. The share is that of the
+  candidate's score in the sum of all: the probability that the target's race has this winner if log p - log q is
+  Gumbel noise of its own for every token. At ``greedy`` the same argument gives q.
+* ``rejection``: tokens drawn from q without replacement, one after the other (the best of a race with noise of the
+  drafter's own; Kool et al. 2019). Shares must not look at drawn tokens: candidate j gets q's j-th largest value.
+
+An estimate c of P(accept the first candidate) replaces its share, and the others are scaled alike, but never so that
+they sum to more than 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_sim.engine.drafters.choose import DraftRule
+from dspark_sim.engine.sampling import keyed_exponential, probabilities
+
+IntArray = npt.NDArray[np.int64]
+
+# A share of 0 would make a node that is never worth verifying, also where nothing speaks against it.
+_LEAST_SHARE = 1e-30
+
+
+@dataclass(slots=True)
+class Candidates:
+    """Of M slots, best first.
+
+    Parameters
+    ----------
+    tokens
+        [M, K] target token ids.
+    shares
+        [M, K] float64, estimated P(accepted | the slot is reached), not rising along a row.
+    law
+        [M, Vd] what they were drawn from in mode ``rejection``, else ``None``.
+    """
+
+    tokens: torch.Tensor
+    shares: torch.Tensor
+    law: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateRule:
+    """How to find candidates.
+
+    Parameters
+    ----------
+    rule
+        Acceptance mode and sampling.
+    request_ids, anchors
+        [N], keys of the random numbers; `anchors` are positions.
+    token_ids
+        [Vd] target ids of the draft vocabulary.
+    num_candidates
+        K, at most Vd.
+    """
+
+    rule: DraftRule
+    request_ids: IntArray
+    anchors: IntArray
+    token_ids: torch.Tensor
+    num_candidates: int
+
+    def at(self, slot: int, logits: torch.Tensor, rows: IntArray | None = None) -> Candidates:
+        """Candidates of one slot, whose shares are the drafter's own.
+
+        Parameters
+        ----------
+        slot
+            Place in the block, from 0.
+        logits
+            [M, Vd].
+        rows
+            [M], which of the N requests each row is of; ``None``: of all, in order.
+        """
+        mode, params, num = self.rule.mode, self.rule.params, self.num_candidates
+        law = None
+        if mode == "greedy":
+            top = logits.topk(num, dim=-1)
+            index = top.indices
+            shares = (top.values.double() - logits.double().logsumexp(dim=-1, keepdim=True)).exp()
+        else:
+            law = probabilities(logits, params)
+            if mode == "target_match":
+                index = logits.topk(num, dim=-1).indices
+                shares = law.gather(-1, index).double()
+            else:
+                scores = law.double() / self._noise(slot, rows)
+                top = scores.topk(num, dim=-1)
+                index = top.indices
+                if mode == "coupled":
+                    shares = top.values / scores.sum(dim=-1, keepdim=True)
+                else:
+                    shares = law.topk(num, dim=-1).values.double()
+        return Candidates(self.token_ids[index], shares.clamp(min=_LEAST_SHARE), law if mode == "rejection" else None)
+
+    def _noise(self, slot: int, rows: IntArray | None) -> torch.Tensor:
+        """Noise [M, Vd]: shared with the target in mode ``coupled``, else the drafter's own."""
+        known, back = (np.arange(len(self.anchors)), None) if rows is None else np.unique(rows, return_inverse=True)
+        ids, anchors, seed = self.request_ids[known], self.anchors[known], self.rule.params.seed
+        if self.rule.mode == "coupled":
+            noise = keyed_exponential(seed, ids, anchors + 1 + slot, self.token_ids)
+        else:
+            noise = keyed_exponential(seed, ids, anchors, self.token_ids, "draft", slot)
+        return noise if back is None else noise[torch.from_numpy(back).to(noise.device)]
+
+
+def with_confidence(shares: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
+    """Shares [M, K] at an estimate [M] of P(accept the first candidate); ``None`` changes nothing."""
+    if confidence is None:
+        return shares
+    scale = torch.minimum(confidence.double() / shares[:, 0], 1.0 / shares.sum(dim=-1))
+    return (shares * scale[:, None]).clamp(min=_LEAST_SHARE)
