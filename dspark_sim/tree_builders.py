@@ -10,7 +10,8 @@ among the best b, and a node that is not among the best b found so far has no ch
 best b so far are expanded. Nodes are ordered by survival; ties go by depth, then by the place of the parent, then by
 rank, so that the order does not depend on b and the list of a smaller budget is the beginning of this one.
 
-Estimated acceptances come from `tempered` and `geometric`; all are logarithms, summed along a path in float64.
+Estimated acceptances are logarithms, summed along a path in float64. Those of siblings must not rise with rank; where
+they do, a dynamic tree takes each as at most the one before it.
 """
 
 from __future__ import annotations
@@ -79,50 +80,6 @@ class Candidates:
         return grow(shape, self.expand, len(self.tokens))
 
 
-def tempered(log_probs: FloatArray, confidence: FloatArray | None = None) -> FloatArray:
-    """Estimated acceptances of candidates from their probabilities, [..., K] logarithms.
-
-    Parameters
-    ----------
-    log_probs
-        [..., K], logarithm of the drafter's probability of each candidate.
-    confidence
-        [...], estimated acceptance of the likeliest one, in place of its probability; the others keep their ratio to
-        it, and where they then sum to more than 1 all shrink alike. Not a number: none.
-    """
-    log_probs = np.minimum(np.asarray(log_probs, dtype=np.float64), 0.0)
-    if confidence is None:
-        return log_probs
-    confidence = np.asarray(confidence, dtype=np.float64)[..., None]
-    with np.errstate(divide="ignore"):
-        scaled = np.log(np.clip(confidence, 0.0, 1.0)) + log_probs - log_probs.max(axis=-1, keepdims=True)
-    scaled = np.where(np.isnan(confidence), log_probs, scaled)
-    total = np.log(np.maximum(np.exp(scaled).sum(axis=-1, keepdims=True), 1.0))
-    adjusted: FloatArray = np.minimum(scaled - total, 0.0)
-    return adjusted
-
-
-def geometric(confidence: FloatArray, num_candidates: int) -> FloatArray:
-    """Estimated acceptances c (1 - c)^k of candidates k = 0, 1, .., as [..., K] logarithms.
-
-    For candidates that were drawn at random: nothing here depends on which they are. Each is taken with the same
-    probability if all before it were not.
-
-    Parameters
-    ----------
-    confidence
-        [...], c; estimated before the candidates were drawn.
-    num_candidates
-        K.
-    """
-    confidence = np.clip(np.asarray(confidence, dtype=np.float64), 0.0, 1.0)[..., None]
-    rank = np.arange(num_candidates)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rest = np.where(rank == 0, 0.0, rank * np.log1p(-confidence))
-        logs: FloatArray = np.log(confidence) + rest
-    return logs
-
-
 def grow(shape: TreeShape, expand: Expand, num_requests: int) -> TreeBatch:
     """One tree of a fitted shape for each of R requests.
 
@@ -132,9 +89,9 @@ def grow(shape: TreeShape, expand: Expand, num_requests: int) -> TreeBatch:
         If the drafter offers fewer candidates than a static shape needs.
     """
     if isinstance(shape, BestFirst):
-        return _grow_dynamic(expand, num_requests, shape.node_budget, _depth(shape.depth), shape.node_budget)
+        return _grow_dynamic(shape, expand, num_requests, _depth(shape.depth), shape.node_budget)
     if isinstance(shape, DynamicTopK):
-        return _grow_dynamic(expand, num_requests, shape.node_budget, shape.depth, shape.top_k)
+        return _grow_dynamic(shape, expand, num_requests, shape.depth, shape.top_k)
     return _grow_static(shape, expand, num_requests)
 
 
@@ -195,8 +152,11 @@ def _grow_static(shape: StaticShape, expand: Expand, num_requests: int) -> TreeB
     )
 
 
-def _grow_dynamic(expand: Expand, num_requests: int, node_budget: int, max_depth: int, beam: int) -> TreeBatch:
-    """The best `node_budget` of all nodes below the `beam` best of each depth."""
+def _grow_dynamic(
+    shape: BestFirst | DynamicTopK, expand: Expand, num_requests: int, max_depth: int, beam: int
+) -> TreeBatch:
+    """The shape's best nodes of all those below the `beam` best of each depth."""
+    node_budget = shape.node_budget
     # Best nodes so far in order, [R, b]: logarithm of survival, and what they are. `node` numbers all nodes ever seen.
     logs = np.zeros((num_requests, 0))
     facts = np.zeros((5, num_requests, 0), dtype=np.int64)
@@ -204,9 +164,9 @@ def _grow_dynamic(expand: Expand, num_requests: int, node_budget: int, max_depth
     above = np.zeros(num_requests)
     num_seen = 0
     for depth in range(1, max_depth + 1):
-        tokens, said = expand(frontier)
+        tokens, said = (values[:, : shape.num_candidates] for values in expand(frontier))
         num_candidates = tokens.shape[1]
-        new_logs = (above[:, None] + np.minimum(said, 0.0)).ravel()
+        new_logs = (above[:, None] + np.minimum.accumulate(np.minimum(said, 0.0), axis=1)).ravel()
         counts = np.bincount(frontier.requests, minlength=num_requests)
         width = int(counts.max(initial=0)) * num_candidates
         # Ragged children into rows: those of a request stand by parent, then by rank.
@@ -248,6 +208,8 @@ def _grow_dynamic(expand: Expand, num_requests: int, node_budget: int, max_depth
 
 def _assemble(logs: FloatArray, facts: IntArray) -> TreeBatch:
     real = logs > -np.inf
+    width = int(real.sum(axis=1).max(initial=0))
+    real, logs, facts = real[:, :width], logs[:, :width], facts[..., :width]
     node, parent, depth, rank, token = (np.where(real, values, -1) for values in facts)
     # Places of nodes in their rows: every node number occurs once.
     places = np.full(int(node.max(initial=-1)) + 2, -1, dtype=np.int64)

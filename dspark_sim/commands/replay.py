@@ -68,11 +68,8 @@ class Simulate:
         if self.out is not None:
             refuse_foreign(self.out)
         cost = CostModel.read(self.cost)
-        recording: Trace | SyntheticAcceptance
-        if str(self.trace).startswith(_PRESET):
-            recording = _preset(str(self.trace))
-        else:
-            recording = Trace.read(self.trace)
+        named = str(self.trace)
+        recording = _preset(named) if named.startswith(_PRESET) else Trace.read(self.trace)
         drafted = most_drafted(recording, self.block_size, self.tree) or 0
         workload = self.load.load()
         trace = simulate(
