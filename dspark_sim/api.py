@@ -21,6 +21,7 @@ from dspark_sim.errors import UserError
 from dspark_sim.loop import Mode
 from dspark_sim.policy import Fixed, LoadView, SpeculationPolicy
 from dspark_sim.trace import Trace, refuse_foreign
+from dspark_sim.tree_shapes import Chain, TreeShape, parse_tree
 from dspark_sim.workload import ClosedLoop, Prompt, Workload, bundled_prompts
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def simulate(
     concurrency: int = 4,
     workload: Workload | None = None,
     block_size: int | None = None,
+    tree: TreeShape | str | None = None,
     **options: Any,
 ) -> Trace:
     """Replay a recording's anchors under another policy, block size or load.
@@ -148,6 +150,8 @@ def simulate(
         Users of a closed loop; `workload` overrides it.
     block_size
         At most the recorded one; ``None`` keeps it.
+    tree
+        Shape of the drafts, or its text such as ``"width:2,3"``; ``None`` keeps what was recorded.
     options
         As of `dspark_sim.simulate.run.simulate`: ``num_requests, scheduler, allow_biased, noise_seed, mix,
         num_replicas, router, load_lag, detail, seed, progress``.
@@ -159,16 +163,49 @@ def simulate(
     """
     from dspark_sim.simulate.run import simulate as run
 
-    recorded = trace.config.get("block_size") if isinstance(trace, Trace) else trace.block_size
-    limit = recorded if block_size is None else block_size
+    shape = parse_tree(tree) if isinstance(tree, str) else tree
+    limit = most_drafted(trace, block_size, shape)
     if limit is not None:
-        wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, int(limit)))
+        wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, limit))
         if wanted > limit:
             raise UserError(
                 f"policy {policy.label()} drafts {wanted} tokens and blocks have at most {limit}; lower verify_len, or "
                 "replay a recording with larger blocks"
             )
-    return run(trace, policy, workload or ClosedLoop(concurrency), cost, block_size=block_size, **options)
+    return run(trace, policy, workload or ClosedLoop(concurrency), cost, block_size=block_size, tree=shape, **options)
+
+
+def most_drafted(
+    trace: Trace | RecordedAnchors | SyntheticAcceptance,
+    block_size: int | None = None,
+    tree: TreeShape | str | None = None,
+) -> int | None:
+    """Most tokens that a replay drafts per round: its block size, or the nodes of its trees.
+
+    Parameters
+    ----------
+    trace, block_size, tree
+        As for `simulate`.
+
+    Returns
+    -------
+    int or None
+        ``None`` if the trace does not say how large its blocks are.
+
+    Raises
+    ------
+    UserError
+        If the tree is no shape or deeper than the recorded block.
+    """
+    recorded = trace.config.get("block_size") if isinstance(trace, Trace) else trace.block_size
+    limit = recorded if block_size is None else block_size
+    if tree is None:
+        replayed = getattr(trace, "tree", None)
+        tree = trace.config.get("tree") if isinstance(trace, Trace) else getattr(replayed, "shape", None)
+    shape = parse_tree(tree) if isinstance(tree, str) else tree
+    if limit is None or shape is None or (isinstance(shape, Chain) and shape.depth is None):
+        return None if limit is None else int(limit)
+    return shape.fitted(int(limit)).num_nodes
 
 
 def compare(live: Trace, simulated: Trace, repeat: Trace | None = None) -> pd.DataFrame:

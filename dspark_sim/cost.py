@@ -65,7 +65,7 @@ def fit(
     drafted = decode[decode["draft_len"] > 0]
     captured = captured_sizes(every) if captured is None else captured
     with_draft = _fit_verify(every, captured)
-    behind_draft = dict(with_draft.linear)["drafted"]
+    behind_draft = dict(with_draft.linear).get("drafted", 0.0)
     verify = replace(with_draft, linear=tuple(pair for pair in with_draft.linear if "drafted" not in pair[0]))
     draft = Curve()
     if not drafted.empty:
@@ -110,6 +110,9 @@ def leave_one_out_error(decode: pd.DataFrame, captured: tuple[float, ...] = ()) 
 
 def _fit_verify(decode: pd.DataFrame, captured: tuple[float, ...] = ()) -> Curve:
     features = _verify_features(decode)
+    if (decode["draft_len"] > 0).all():
+        # Nothing tells what a pass costs without a draft before it: a term for the draft would take the level's place.
+        features = {name: values for name, values in features.items() if not name.startswith("drafted")}
     return Curve.fit(column(decode, "batch_tokens"), _verify_seconds(decode), _STAIRCASE, captured, **features)
 
 

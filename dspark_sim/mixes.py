@@ -107,6 +107,32 @@ class DomainMix:
         return {**asdict(self), "shares": dict(self.shares), "drift": [[at, dict(shares)] for at, shares in self.drift]}
 
 
+def parse_mix(text: str, seed: int = 0) -> DomainMix:
+    """A mix from text: ``math:2,code:1``, then pairs place=shares, such as ``math:1 0.5=math:1,chat:1 1=chat:1``.
+
+    Places are fractions of the list of requests.
+
+    Raises
+    ------
+    UserError
+        If the text is none, or the mix impossible.
+    """
+
+    def shares(part: str) -> dict[str, float]:
+        pairs = [pair.partition(":") for pair in part.split(",")]
+        return {name: float(value) for name, _, value in pairs}
+
+    first, *later = text.split() or [""]
+    try:
+        drift = [(float(place), shares(part)) for place, _, part in (point.partition("=") for point in later)]
+        start = shares(first)
+    except ValueError:
+        raise UserError(
+            f"{text!r} is no mix; give shares such as math:2,code:1, and later ones as 0.5=code:1"
+        ) from None
+    return DomainMix(start, drift, seed=seed)
+
+
 def assign_prompts(
     mix: DomainMix,
     num_requests: int,

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -241,6 +241,16 @@ class RankedController:
 
     def observe(self, load: LoadView, verify_lens: IntArray, num_accepted: IntArray) -> None:
         """Nothing is learnt."""
+
+
+def fixed_length(controller: Controller) -> int | None:
+    """The one length that a controller of `Fixed` verifies; ``None`` for any other controller."""
+    return controller.verify_len if isinstance(controller, _FixedController) else None
+
+
+def admits_by_algorithm_1(controller: Controller) -> TypeGuard[RankedController]:
+    """Whether a controller is that of `PrefixScheduler`."""
+    return isinstance(controller, RankedController) and controller.admit is _admit_smoothly
 
 
 @lru_cache(maxsize=4096)

@@ -166,3 +166,12 @@ def test_leave_one_out_error_is_small_for_a_line_and_large_for_a_cliff() -> None
     assert leave_one_out_error(line) < 1e-6
     cliff = line.assign(verify_seconds=np.where(line["batch_tokens"] > 8, 0.1, 0.01))
     assert leave_one_out_error(cliff) > 0.01
+
+
+def test_a_profile_in_which_every_round_drafts_does_not_price_plain_rounds_at_nothing() -> None:
+    truth = toy_cost()
+    steps = profile(truth)
+    fitted = fit(steps[(steps["draft_len"] > 0) | (steps["num_prefill_tokens"] > 0)])
+    for batch_tokens, num_running in ((4, 4), (8, 8), (30, 8)):
+        expected = truth.step_seconds(batch_tokens, 200 * num_running, num_running)
+        assert fitted.step_seconds(batch_tokens, 200 * num_running, num_running) == pytest.approx(expected, rel=0.02)

@@ -48,6 +48,18 @@ def test_block_size(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(frame, pd.read_csv(tmp_path / "again" / "block_size.csv"))
 
 
+def test_load(tmp_path: Path) -> None:
+    done = run("load.py", "--scale", "smoke", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_csv(tmp_path / "load.csv").set_index(["policy", "concurrency"])
+    assert (tmp_path / "load.png").stat().st_size > 10_000
+    relative, length = frame["relative_throughput"], frame["mean_acceptance_length"]
+    assert (relative["none"] == 1).all()
+    assert relative["fixed-7", 1] > 2 and relative["fixed-7", 256] < 0.9 < relative["prefix", 256]
+    assert length["prefix", 256] < 0.9 * length["prefix", 1]
+    assert (frame["relative_throughput_low"] <= relative).all()
+
+
 def test_block_size_refuses_a_missing_recording_in_one_sentence(tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere")
     result = run("block_size.py", "--trace", missing, "--cost", missing)

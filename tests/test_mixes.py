@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dspark_sim.errors import UserError
-from dspark_sim.mixes import DomainMix, assign_prompts
+from dspark_sim.mixes import DomainMix, assign_prompts, parse_mix
 
 STEADY = DomainMix({"math": 1.0, "code": 2.0, "chat": 5.0}, seed=1)
 DRIFT = DomainMix({"math": 1.0, "code": 0.0}, [(0.5, {"math": 1, "code": 1}), (1.0, {"code": 3, "chat": 1})], seed=2)
@@ -135,3 +135,14 @@ def test_impossible_mixes(make: Any, said: str) -> None:
     with pytest.raises(UserError) as caught:
         make()
     assert said in str(caught.value)
+
+
+def test_mixes_are_read_from_text() -> None:
+    assert parse_mix("math:2,code:1", 3) == DomainMix({"math": 2.0, "code": 1.0}, [], seed=3)
+    drifting = parse_mix("math:1 0.5=math:1,chat:1 1=chat:1")
+    assert drifting.drift == [(0.5, {"math": 1.0, "chat": 1.0}), (1.0, {"chat": 1.0})]
+    for text in ("math", "math:x", "", "math:1 code:1", "math:1 half=code:1"):
+        with pytest.raises(UserError, match="is no mix"):
+            parse_mix(text)
+    with pytest.raises(UserError, match=r"the share of math at 0\.0 is -1\.0"):
+        parse_mix("math:-1")

@@ -84,7 +84,7 @@ def policy_of(trace: Trace, cost: CostModel | None = None) -> Policy:
     trace
         A live or simulated run.
     cost
-        The policy's cost table; ``None`` takes the one in the trace, which a simulated run has.
+        The policy's cost table; ``None`` takes the one in the trace.
 
     Raises
     ------

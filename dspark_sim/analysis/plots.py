@@ -97,7 +97,7 @@ def lines_with_intervals(
     frame
         Columns `x`, `group`, and for each metric ``metric, metric_low, metric_high``.
     x, group
-        Columns.
+        Columns; lines are in the order of the frame.
     panels
         Pairs (metric, axis label with its unit).
     labels
@@ -107,7 +107,7 @@ def lines_with_intervals(
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.2), squeeze=False)
     for axis, (metric, label) in zip(axes[0], panels, strict=True):
-        for style, (value, rows) in zip(_styles(), frame.groupby(group), strict=False):
+        for style, (value, rows) in zip(_styles(), frame.groupby(group, sort=False), strict=False):
             low, high = rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]
             axis.errorbar(
                 rows[x],
@@ -269,4 +269,4 @@ def _pair(
 
 def _legend(figure: Figure, axis: Any) -> None:
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper center", ncols=min(len(names), 5), frameon=False, fontsize=9)
+    figure.legend(handles, names, loc="upper center", ncols=min(len(names), 8), frameon=False, fontsize=9)

@@ -104,7 +104,7 @@ class Explain:
     step: int
     """Number of the iteration."""
     cost: Path | None = None
-    """The policy's cost table; default: the one in the trace (a live trace has none)."""
+    """The policy's cost table; default: the one in the trace."""
     recording: Path | None = None
     """The recording that was replayed: for what an oracle would choose, and for tetris and oracle themselves; default:
     the trace's own anchors."""

@@ -44,6 +44,9 @@ _LOGITS_PER_PASS = 2**24
 IntArray = npt.NDArray[np.int64]
 
 
+_OF_TREES = ("node_rank", "node_survival", "first_at_depth")
+
+
 @dataclass(slots=True)
 class DenseBlocks:
     """Blocks at M anchors of one output.
@@ -179,7 +182,7 @@ def _table(columns: dict[str, list[np.ndarray]], parts: list[DenseBlocks], gamma
             np.concatenate([blocks.tokens for blocks in parts])[kept].astype(np.int32), lens, pa.int32()
         ),
         **{name: lists(name) for name in ("confidence", "accept_prob", "draft_prob", "target_rank")},
-        "node_rank": pa.nulls(len(lens), schema.field("node_rank").type),
+        **{name: pa.nulls(len(lens), schema.field(name).type) for name in _OF_TREES},
     }
     return pa.table([data[name] for name in schema.names], schema=schema)
 

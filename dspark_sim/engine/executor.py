@@ -89,6 +89,10 @@ class TorchExecutor:
         return self.drafter.block_size if self.drafter is not None else 0
 
     @property
+    def tree(self) -> None:
+        """Drafts are chains."""
+
+    @property
     def has_confidence(self) -> bool:
         """Whether the drafter estimates acceptance."""
         return self.drafter is not None and self.drafter.has_confidence

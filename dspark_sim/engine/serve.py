@@ -267,6 +267,7 @@ class Engine:
             "biased": loop.biased,
             "policy": policy.label(),
             "policy_parameters": parameters(policy),
+            "cost": table.to_json() if isinstance(table, CostModel) else None,
             "cost_forced": forced,
             "workload": workload.describe(),
             "scheduler": asdict(scheduler.config),

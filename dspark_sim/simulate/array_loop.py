@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from dspark_sim.cost import IterationSeconds
 from dspark_sim.errors import UserError
@@ -27,9 +26,10 @@ from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.array_recorder import ArrayRecorder
 from dspark_sim.simulate.batch import Batch
 from dspark_sim.simulate.block_tables import BlockTables
+from dspark_sim.simulate.compiled import CompiledRounds
 from dspark_sim.simulate.executor import look_up
-
-IntArray = npt.NDArray[np.int64]
+from dspark_sim.simulate.kernels import HEADROOM, PAGES, Kernels
+from dspark_sim.simulate.rounds import ArrayRounds, Rounds
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +62,8 @@ class ArrayLoop:
         Iterations by which the load that the policy sees is old: running and waiting requests, context tokens.
     tables
         Of `anchors`, to share them between servers.
+    kernels
+        Play decode rounds with these, see `compiled`; ``None`` plays them by array operations.
 
     Raises
     ------
@@ -80,25 +82,31 @@ class ArrayLoop:
         allow_biased: bool = False,
         load_lag: int = 0,
         tables: BlockTables | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        self.biased = require_runnable(policy, anchors.mode, anchors.has_confidence, allow_biased)
+        self.biased = require_runnable(
+            policy, anchors.mode, anchors.estimates, allow_biased, None if anchors.tree is None else anchors.tree.shape
+        )
         if load_lag < 0:
             raise UserError(f"load_lag is {load_lag}; give 0 (the load of now) or more iterations")
         self.anchors, self.cost, self.config, self.recorder = anchors, cost, config, recorder
         self.controller = policy.start()
-        self.tables = tables or BlockTables.of(anchors, policy)
-        self.block_size = anchors.block_size
+        tables = tables or BlockTables.of(anchors, policy)
+        # By the contract of policies their choice does not depend on what is passed for survival then.
+        looks = policy.information != "history"
+        self._rounds: Rounds = ArrayRounds(self.controller, tables, recorder, looks)
+        if kernels is not None and anchors.tree is None:
+            self._rounds = CompiledRounds(self.controller, tables, recorder, looks, kernels)
+        self.block_size = anchors.round_size
         self.reserve = 1 + self.block_size
         self.waiting: deque[Request] = deque()
         self.finished: list[Request] = []
         self.free_pages = config.num_pages
         self.num_steps = 0
-        # By the contract of policies their choice does not depend on what is passed for survival then.
-        self._looks = policy.information != "history"
         self._prefilling: deque[_Prefill] = deque()
         self._given_up: list[tuple[Request, float]] = []
         self._views: deque[LoadView] = deque(maxlen=load_lag + 1)
-        self._batch = Batch(config.page_size, self.reserve)
+        self._batch = Batch(config.page_size, self.reserve, kernels)
         self._facts: dict[int, tuple[int, int, int, int, int]] = {}
 
     @property
@@ -164,34 +172,29 @@ class ArrayLoop:
         self._grow()
         batch = self._batch
         num = len(batch.requests)
-        draft_len = 0
+        draft_len = ended = 0
+        load: LoadView | None = None
         if num:
-            load = self._load()
-            draft_len = min(self.controller.draft_len(load), self.block_size)
+            known = self._rounds.draft_len
+            if known is None or self._views.maxlen != 1:
+                load = self._load()
+                known = self.controller.draft_len(load)
+            draft_len = min(known, self.block_size)
         chunks = self._chunks(num * (1 + draft_len)) if self.config.enable_chunked_prefill else []
         if not num and not chunks:
             raise UserError("the KV cache is too small to hold one waiting request; raise num_pages")
         num_prefill_tokens = sum(size for _, size in chunks) if chunks else 0
         num_running, num_waiting = self.num_running, len(self.waiting)
         if num:
-            rows = batch.rows
-            drafted = np.minimum(batch.room, self.tables.draft_lens(rows, draft_len))
-            survival = (
-                self.tables.survival(rows, draft_len, drafted) if self._looks else self.tables.blank(num, draft_len)
-            )
-            verify = np.minimum(self.controller.verify_lens(load, survival), drafted)
-            accepted = np.minimum(verify, self.tables.num_accepted.take(rows))
-            emitted = np.minimum(accepted + batch.ones, batch.left)
-            self.controller.observe(load, verify, accepted)
-            batch_tokens = num + int(verify.dot(batch.ones)) + num_prefill_tokens
             context = batch.context_tokens
+            num_verified, ended = self._rounds.play(batch, load, draft_len)
+            batch_tokens = num + num_verified + num_prefill_tokens
             draft_seconds = self.cost.draft_seconds(num, draft_len, context) if draft_len else 0.0
             read = sum(chunk.done for chunk, _ in chunks) if chunks else 0
             spent = self.cost.step_seconds(batch_tokens, context + read, num + len(chunks))
             measured = draft_seconds + spent
             seconds = measured + self.cost.host_seconds(num + len(chunks))
             spans = (0.0, draft_seconds, spent)
-            self.recorder.rounds((batch.ids, rows.copy(), batch.positions.copy(), drafted, verify, emitted))
         else:
             batch_tokens, context = num_prefill_tokens, 0
             measured = self.cost.prefill_seconds(
@@ -205,8 +208,8 @@ class ArrayLoop:
             num,
         )
         self.num_steps += 1
-        if num:
-            self._commit(emitted, now + seconds)
+        if ended:
+            self._leave(now + seconds)
         if chunks:
             self._read(chunks, now + seconds)
         return seconds
@@ -228,25 +231,21 @@ class ArrayLoop:
             view, num_running=then.num_running, num_waiting=then.num_waiting, context_tokens=then.context_tokens
         )
 
-    def _commit(self, emitted: IntArray, now: float) -> None:
-        batch = self._batch
-        batch.advance(emitted)
-        if np.count_nonzero(batch.left) < len(batch.requests):
-            self._leave(np.flatnonzero(batch.left == 0).tolist(), now)
-
-    def _leave(self, places: list[int], now: float) -> None:
-        """Take finished requests out of the batch and free their pages."""
-        for request in self._take_out(places):
+    def _leave(self, now: float) -> None:
+        """Take requests that have their last token out of the batch and free their pages."""
+        requests, pages = self._batch.ended()
+        self.free_pages += pages
+        for request in requests:
             _, output_len, stops, _, _ = self._facts[request.request_id]
             request.finish_reason = "stop" if stops and request.num_generated == output_len else "length"
             request.finish = now
             self._close(request)
 
-    def _take_out(self, places: list[int]) -> list[Request]:
-        """Requests at some places of the batch, which leave it; their pages are free."""
-        requests, pages = self._batch.remove(places)
+    def _take_out(self, place: int) -> Request:
+        """The request at a place of the batch, which leaves it; its pages are free."""
+        (request,), pages = self._batch.remove([place])
         self.free_pages += pages
-        return requests
+        return request
 
     def _close(self, request: Request) -> None:
         del self._facts[request.request_id]
@@ -336,21 +335,14 @@ class ArrayLoop:
 
     def _grow(self) -> None:
         """Give every request room for a round; where there is none, the ones admitted last go back to the queue."""
-        batch, headroom = self._batch, self._batch.headroom
-        if not batch.requests:
+        batch = self._batch
+        grown = batch.grow(self.free_pages)
+        if grown >= 0:
+            self.free_pages -= grown
             return
-        least = headroom[headroom.argmin()]
-        if least >= 0:
-            return
-        if least >= -self.config.page_size:
-            # One more page is enough for each request that needs any: a cheaper way to the same.
-            short = np.flatnonzero(headroom < 0)
-            if short.size <= self.free_pages:
-                self.free_pages -= short.size
-                batch.pages[short] += 1
-                headroom[short] += self.config.page_size
-                return
-        for place, pages in enumerate(np.maximum(-(headroom // self.config.page_size), 0).tolist()):
+        page_size = self.config.page_size
+        short = np.maximum(-(batch.column(HEADROOM) // page_size), 0).tolist()
+        for place, pages in enumerate(short):
             if place >= len(batch.requests):
                 break
             while pages > self.free_pages and (self._prefilling or len(batch.requests) > place + 1):
@@ -359,8 +351,8 @@ class ArrayLoop:
                 self._preempt()
                 break
             self.free_pages -= pages
-            batch.pages[place] += pages
-            batch.headroom[place] += pages * self.config.page_size
+            batch.state[PAGES, place] += pages
+            batch.state[HEADROOM, place] += pages * page_size
 
     def _preempt(self) -> None:
         """Send back whoever was admitted last."""
@@ -369,7 +361,7 @@ class ArrayLoop:
             self.free_pages += chunk.pages
             request = chunk.request
         else:
-            (request,) = self._take_out([len(self._batch.requests) - 1])
+            request = self._take_out(len(self._batch.requests) - 1)
         request.num_preemptions += 1
         self.waiting.appendleft(request)
 
@@ -377,7 +369,7 @@ class ArrayLoop:
         """Take out requests whose users have gone."""
         for request, when in self._given_up:
             if request in self._batch.requests:
-                self._take_out([self._batch.requests.index(request)])
+                self._take_out(self._batch.requests.index(request))
             else:
                 chunk = next((chunk for chunk in self._prefilling if chunk.request is request), None)
                 if chunk is None:

@@ -8,7 +8,6 @@ confidences, accepted counts and predictions are looked up when the trace is mad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -28,12 +27,11 @@ Detail = Literal["rounds", "steps", "requests"]
 """What a trace holds: everything; no table `drafts`; only the table `requests`."""
 
 _PACK = 256
+_ROUNDS = 2**15
 _COUNTS = ("start", "num_running", "num_waiting", "num_prefill_tokens", "draft_len", "batch_tokens", "context_tokens")
 _SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "host_seconds", "step_seconds")
-
-
-Rounds = tuple[tuple[int, ...], IntArray, IntArray, IntArray, IntArray, IntArray]
-"""One iteration's decode rounds, [R] each: request ids, rows of anchors, positions, drafts, verified, emitted."""
+# Request id, row of the anchor, its position; drafts, verified ones, tokens emitted.
+_NUM_WIDE, _NUM_LINES = 3, 6
 
 
 class ArrayRecorder:
@@ -50,7 +48,8 @@ class ArrayRecorder:
         self.requests: list[Request] = []
         self._steps: list[tuple[Any, ...]] = []
         self._step_parts: list[FloatArray] = []
-        self._rounds: list[Rounds] = []
+        self._rounds = np.zeros((_NUM_LINES, _ROUNDS if detail == "rounds" else 0), dtype=np.int32)
+        self._num_rounds = 0
         self._round_parts: list[tuple[npt.NDArray[Any], ...]] = []
 
     def step(self, counts: tuple[Any, ...], seconds: tuple[float, ...], num_rounds: int) -> None:
@@ -61,13 +60,20 @@ class ArrayRecorder:
         if len(self._steps) == _PACK:
             self._pack_steps()
 
-    def rounds(self, rounds: Rounds) -> None:
-        """Note an iteration's decode rounds; the arrays are kept as they are."""
+    def reserve(self, num: int) -> tuple[int, npt.NDArray[np.int32]]:
+        """Room for `num` decode rounds: the first free column of an array [6, N]; no columns if rounds are not kept.
+
+        A column is a round: request id, row of its anchor, the anchor's position, drafts, verified, tokens emitted.
+        """
         if self.detail != "rounds":
-            return
-        self._rounds.append(rounds)
-        if len(self._rounds) == _PACK:
+            return 0, self._rounds
+        if self._num_rounds + num > self._rounds.shape[1]:
             self._pack_rounds()
+            if num > self._rounds.shape[1]:
+                self._rounds = np.zeros((_NUM_LINES, 2 * num), dtype=np.int32)
+        place = self._num_rounds
+        self._num_rounds += num
+        return place, self._rounds
 
     def finish(self, request: Request) -> None:
         """Note a request that is done with, in whatever way."""
@@ -79,19 +85,13 @@ class ArrayRecorder:
             self._steps.clear()
 
     def _pack_rounds(self) -> None:
-        if self._rounds:
-            rounds = self._rounds
-            self._round_parts.append(
-                (
-                    np.fromiter(chain.from_iterable(one[0] for one in rounds), np.int32),
-                    *(np.concatenate([one[place] for one in rounds]).astype(np.int32) for place in (1, 2)),
-                    *(np.concatenate([one[place] for one in rounds]).astype(np.int16) for place in (3, 4, 5)),
-                )
-            )
-            rounds.clear()
+        if self._num_rounds:
+            lines = self._rounds[:, : self._num_rounds]
+            self._round_parts.append((*lines[:_NUM_WIDE].copy(), *lines[_NUM_WIDE:].astype(np.int16)))
+            self._num_rounds = 0
 
     def steps_and_rounds(self) -> tuple[FloatArray, list[npt.NDArray[Any]] | None]:
-        """Iterations [S, columns], and their decode rounds as arrays [N] in the order of `Rounds`."""
+        """Iterations [S, columns], and their decode rounds as arrays [N] in the order of `reserve`."""
         self._pack_steps()
         self._pack_rounds()
         steps = np.concatenate(self._step_parts) if self._step_parts else np.zeros((0, len(_COUNTS) + 7))
@@ -234,15 +234,31 @@ def _draft_table(step: IntArray, rounds: list[npt.NDArray[Any]] | None, anchors:
         "position": position,
         "draft_len": draft_len,
         "verify_len": verify_len,
-        "num_accepted": np.minimum(verify_len, anchors.num_accepted[row]),
+        "num_accepted": anchors.accepted(row, verify_len),
         "num_emitted": emitted,
     }
     arrays: dict[str, pa.Array] = {
         name: pa.array(values.astype(np.int64), type=schema.field(name).type) for name, values in columns.items()
     }
-    shown = None if (draft_len == anchors.block_size).all() else np.arange(anchors.block_size) < draft_len[:, None]
-    for name, table in (("draft_tokens", anchors.draft_tokens), ("confidence", single_confidence(anchors))):
+    gamma, tree = anchors.round_size, anchors.tree
+    shown = None if (draft_len == gamma).all() else np.arange(gamma) < draft_len[:, None]
+    known: dict[str, npt.NDArray[Any]] = {"confidence": single_confidence(anchors)}
+    if tree is None:
+        known["draft_tokens"] = anchors.draft_tokens
+    for name, table in known.items():
         blocks = table.take(row, axis=0)
         values = blocks.ravel() if shown is None else blocks[shown]
         arrays[name] = list_column(values, lens, schema.field(name).type.value_type)
+    if tree is not None:
+        accepted = columns["num_accepted"]
+        path = tree.node_rank.take(row, axis=0)
+        path = path[np.arange(path.shape[1]) < accepted[:, None]]
+        arrays["accepted_path"] = list_column(path, accepted, schema.field("accepted_path").type.value_type)
+        if tree.parents is not None:
+            parents = np.broadcast_to(tree.parents, (len(lens), gamma))
+            parents = parents.ravel() if shown is None else parents[shown]
+            arrays["parents"] = list_column(parents, lens, schema.field("parents").type.value_type)
+    for name in schema.names:
+        if name not in arrays:
+            arrays[name] = pa.nulls(len(lens), schema.field(name).type)
     return pa.table([arrays[name] for name in schema.names], schema=schema)

@@ -28,13 +28,18 @@ from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.array_loop import ArrayLoop
 from dspark_sim.simulate.array_recorder import ArrayRecorder, Detail, trace_of
 from dspark_sim.simulate.block_tables import BlockTables
+from dspark_sim.simulate.kernels import Kernels, compiled_kernels, has_numba
 from dspark_sim.simulate.processes import LeastOutstandingTokens, RoundRobin, Server, source, user
 from dspark_sim.simulate.synthetic import SyntheticAcceptance
 from dspark_sim.simulate.synthetic_anchors import as_anchors
 from dspark_sim.trace import Trace
+from dspark_sim.tree_shapes import TreeShape
 from dspark_sim.workload import ClosedLoop, Workload
 
 RouterName = Literal["round_robin", "least_outstanding_tokens"]
+Backend = Literal["auto", "arrays", "compiled"]
+# Loading the compiled kernels takes as long as some hundreds of requests.
+_WORTH_COMPILING = 500
 _NOISE_STRIDE = 1_000_003
 
 
@@ -46,6 +51,7 @@ def simulate(
     *,
     num_requests: int | None = None,
     block_size: int | None = None,
+    tree: TreeShape | None = None,
     scheduler: SchedulerConfig | None = None,
     allow_biased: bool = False,
     noise_seed: int | None = None,
@@ -54,6 +60,7 @@ def simulate(
     router: RouterName = "round_robin",
     load_lag: int = 0,
     detail: Detail = "rounds",
+    backend: Backend = "auto",
     seed: int = 0,
     progress: bool = False,
 ) -> Trace:
@@ -74,7 +81,10 @@ def simulate(
         Requests to serve: the recorded ones in their order, repeated from the start when more are asked for;
         ``None`` means every recorded one once. A law needs the number.
     block_size
-        Most drafted tokens per round; ``None`` keeps the recorded size.
+        Most drafted tokens per round of chains; ``None`` keeps the recorded size.
+    tree
+        Shape of the drafts, of the recorded kind or narrower (`RecordedAnchors.with_tree`); ``None`` keeps what was
+        recorded.
     scheduler
         The server's limits. By default as many requests run at once as a closed loop has users (an open loop: the
         default of `SchedulerConfig`), and the KV cache holds all of them.
@@ -94,6 +104,9 @@ def simulate(
     detail
         What the trace holds: ``rounds`` everything, ``steps`` no table `drafts`, ``requests`` only requests. Long runs
         need less memory with less.
+    backend
+        How decode rounds are played: ``arrays`` by numpy, ``compiled`` by machine code (the package numba), with the
+        same result to the bit. ``auto`` compiles if numba is installed and the run is long enough to gain by it.
     seed
         Added to the seed of the workload, which keys arrivals and think times; 0 leaves it. Also the seed of a law's
         luck.
@@ -108,18 +121,21 @@ def simulate(
     Raises
     ------
     UserError
-        If there is nothing to replay, the block size is above the recorded one, the policy needs confidences that
+        If numba is asked for and missing, there is nothing to replay, the block size is above the recorded one, the
+        policy needs confidences that
         were not recorded, or no request fits the server (one among others is refused: its `finish_reason` says so).
     """
     whole = as_anchors(recorded, num_requests, seed)
-    anchors = whole if block_size is None else whole.restricted(block_size)
+    anchors = whole.with_tree(tree)
+    anchors = anchors if block_size is None else anchors.restricted(block_size)
     if num_replicas < 1:
         raise UserError(f"num_replicas is {num_replicas}; give at least 1")
     workload = workload.reseeded(seed)
     requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests, workload, mix)
-    limits = scheduler or _ample(requests, workload, anchors.block_size)
+    limits = scheduler or _ample(requests, workload, anchors.round_size)
     recorders = [ArrayRecorder(detail) for _ in range(num_replicas)]
     tables = BlockTables.of(anchors, policy)
+    kernels = _kernels(backend, len(requests))
     loops = [
         ArrayLoop(
             anchors,
@@ -130,6 +146,7 @@ def simulate(
             allow_biased=allow_biased,
             load_lag=load_lag,
             tables=tables,
+            kernels=kernels,
         )
         for number, recorder in enumerate(recorders)
     ]
@@ -137,7 +154,7 @@ def simulate(
         _run(loops, router, requests, workload, bar)
     if all(request.finish_reason == "refused" for request in requests):
         # The plain scheduler says why, in one sentence.
-        Scheduler(replace(limits, enable_chunked_prefill=False), anchors.block_size).check(requests[0])
+        Scheduler(replace(limits, enable_chunked_prefill=False), anchors.round_size).check(requests[0])
     config = {
         "source": "simulate",
         "mode": anchors.mode,
@@ -150,7 +167,8 @@ def simulate(
         "mix": None if mix is None else mix.describe(),
         "num_requests": len(requests),
         "block_size": anchors.block_size,
-        "has_confidence": anchors.has_confidence,
+        "tree": "chain" if anchors.tree is None else anchors.tree.shape.label(),
+        "has_confidence": anchors.estimates,
         "scheduler": asdict(limits),
         "num_replicas": num_replicas,
         "router": router,
@@ -165,6 +183,15 @@ def simulate(
     config = json.loads(json.dumps(config))
     noisy = noise_seed is not None
     return trace_of(recorders, anchors, policy, cost, limits.num_pages, config, provenance(seed=seed), noisy=noisy)
+
+
+def _kernels(backend: Backend, num_requests: int) -> Kernels | None:
+    if backend == "compiled" and not has_numba():
+        raise UserError(
+            "backend is compiled and the package numba is not installed; install dspark-sim[fast], or use arrays"
+        )
+    worth = num_requests >= _WORTH_COMPILING and has_numba()
+    return compiled_kernels() if backend == "compiled" or (backend == "auto" and worth) else None
 
 
 def _is_lagged(policy: SpeculationPolicy) -> bool:
