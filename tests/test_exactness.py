@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 from dspark_sim import loop  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
 from dspark_sim.engine import anchors as dense_pass  # noqa: E402
-from dspark_sim.engine.anchors import RecordedOutput, dense_anchors  # noqa: E402
+from dspark_sim.engine.anchors import dense_anchors  # noqa: E402
 from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule  # noqa: E402

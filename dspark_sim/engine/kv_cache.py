@@ -1,9 +1,8 @@
 """Keys and values of running requests: one slot per request, lengths kept by the caller.
 
 Rolling back rejected drafts is a length change: their places are overwritten by the next round. Of a tree the accepted
-path is moved together first. The tensors are
-[layers, slots, KV heads, max_len, head_dim], so that the batch's keys at one layer are a view whenever its slots
-are neighbours; slots are handed out lowest first to keep it so.
+path is moved together first. The tensors are [layers, slots, KV heads, max_len, head_dim], so that the batch's keys at
+one layer are a view whenever its slots are neighbours; slots are handed out lowest first to keep it so.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from dspark_sim.errors import UserError
 
@@ -62,6 +62,13 @@ class SlotCache:
     def read(self, layer: int, slots: slice | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [R, KV heads, length, head_dim]; a view when `slots` is a slice."""
         return self.keys[layer, slots, :, :length], self.values[layer, slots, :, :length]
+
+    def lengthen(self, max_len: int) -> None:
+        """Make room for `max_len` places in every slot, if there is less; what is there stays."""
+        missing = max_len - self.max_len
+        if missing > 0:
+            self.keys, self.values = (F.pad(store, (0, 0, 0, missing)) for store in (self.keys, self.values))
+            self.max_len = max_len
 
     def compact(self, slots: IntArray, roots: IntArray, paths: IntArray, lens: IntArray) -> None:
         """Make a chain of the accepted path of a tree: its keys and values move to the places behind the root.

@@ -105,7 +105,7 @@ def keyed_exponential(
     positions: npt.NDArray[np.int64],
     token_ids: torch.Tensor,
     purpose: Literal["gumbel", "draft"] = "gumbel",
-    slot: int | None = None,
+    slots: npt.NDArray[np.int64] | None = None,
 ) -> torch.Tensor:
     """Standard exponential noise of every token, [N, V] float64, on the device of `token_ids`.
 
@@ -119,11 +119,11 @@ def keyed_exponential(
         Keys: [N] requests and the absolute positions that their tokens are for.
     token_ids
         [V] target ids, so that a draft vocabulary meets the noise of its own tokens.
-    purpose, slot
-        ``gumbel`` is the noise that target and drafter share at a position. ``draft``, with a slot in the block and
-        `positions` of anchors, is the drafter's own.
+    purpose, slots
+        ``gumbel`` is the noise that target and drafter share at a position. ``draft``, with `positions` of anchors and
+        [N] places in the block, is the drafter's own.
     """
-    parts = (_PURPOSES[purpose],) if slot is None else (_PURPOSES[purpose], slot)
+    parts = (_PURPOSES[purpose],) if slots is None else (_PURPOSES[purpose], slots)
     keys = _state(seed, request_ids, positions, *parts).view(np.int64)
     state = torch.from_numpy(keys).to(token_ids.device)[:, None] ^ token_ids
     # SplitMix64 once more, in signed integers that wrap around; shifts are made logical by masks.

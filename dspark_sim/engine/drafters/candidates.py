@@ -63,7 +63,7 @@ class CandidateRule:
     token_ids
         [Vd] target ids of the draft vocabulary.
     num_candidates
-        K, at most Vd.
+        K; no more than Vd are given.
     """
 
     rule: DraftRule
@@ -72,7 +72,9 @@ class CandidateRule:
     token_ids: torch.Tensor
     num_candidates: int
 
-    def at(self, slot: int, logits: torch.Tensor, rows: IntArray | None = None) -> Candidates:
+    def at(
+        self, slot: int, logits: torch.Tensor, rows: IntArray | None = None, ways: IntArray | None = None
+    ) -> Candidates:
         """Candidates of one slot, whose shares are the drafter's own.
 
         Parameters
@@ -83,20 +85,22 @@ class CandidateRule:
             [M, Vd].
         rows
             [M], which of the N requests each row is of; ``None``: of all, in order.
+        ways
+            [M], numbers that tell the rows of one block apart, for draws of their own; ``None``: the slot.
         """
-        mode, params, num = self.rule.mode, self.rule.params, self.num_candidates
+        mode, params, num = self.rule.mode, self.rule.params, min(self.num_candidates, logits.shape[-1])
         law = None
         if mode == "greedy":
             top = logits.topk(num, dim=-1)
             index = top.indices
-            shares = (top.values.double() - logits.double().logsumexp(dim=-1, keepdim=True)).exp()
+            shares = (top.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)).double().exp()
         else:
             law = probabilities(logits, params)
             if mode == "target_match":
                 index = logits.topk(num, dim=-1).indices
                 shares = law.gather(-1, index).double()
             else:
-                scores = law.double() / self._noise(slot, rows)
+                scores = _scores(law, self._noise(slot, rows, ways))
                 top = scores.topk(num, dim=-1)
                 index = top.indices
                 if mode == "coupled":
@@ -105,15 +109,43 @@ class CandidateRule:
                     shares = law.topk(num, dim=-1).values.double()
         return Candidates(self.token_ids[index], shares.clamp(min=_LEAST_SHARE), law if mode == "rejection" else None)
 
-    def _noise(self, slot: int, rows: IntArray | None) -> torch.Tensor:
-        """Noise [M, Vd]: shared with the target in mode ``coupled``, else the drafter's own."""
-        known, back = (np.arange(len(self.anchors)), None) if rows is None else np.unique(rows, return_inverse=True)
-        ids, anchors, seed = self.request_ids[known], self.anchors[known], self.rule.params.seed
+    def rank(self, slot: int, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rank of given tokens among all candidates of one slot of all N blocks, [N].
+
+        Parameters
+        ----------
+        slot, logits
+            As in `at`.
+        index
+            [N] places in the draft vocabulary.
+        """
+        scores = logits
         if self.rule.mode == "coupled":
-            noise = keyed_exponential(seed, ids, anchors + 1 + slot, self.token_ids)
-        else:
-            noise = keyed_exponential(seed, ids, anchors, self.token_ids, "draft", slot)
-        return noise if back is None else noise[torch.from_numpy(back).to(noise.device)]
+            every = np.arange(len(self.anchors))
+            scores = _scores(probabilities(logits, self.rule.params), self.shared_noise(slot, every))
+        # Exact, and ten times faster than a sum of booleans.
+        return (scores > scores.gather(-1, index[:, None])).float().sum(dim=-1).long()
+
+    def _noise(self, slot: int, rows: IntArray | None, ways: IntArray | None) -> torch.Tensor:
+        """Noise [M, Vd]: shared with the target in mode ``coupled``, else the drafter's own."""
+        rows = np.arange(len(self.anchors)) if rows is None else rows
+        if self.rule.mode == "coupled":
+            return self.shared_noise(slot, rows)
+        keys = np.full(len(rows), slot) if ways is None else ways
+        ids, anchors, seed = self.request_ids[rows], self.anchors[rows], self.rule.params.seed
+        return keyed_exponential(seed, ids, anchors, self.token_ids, "draft", keys)
+
+    def shared_noise(self, slot: int, rows: IntArray) -> torch.Tensor:
+        """Noise [M, Vd] that the target too meets at a slot of blocks `rows` [M]: one draw for each block."""
+        blocks, back = np.unique(rows, return_inverse=True)
+        seed = self.rule.params.seed
+        noise = keyed_exponential(seed, self.request_ids[blocks], self.anchors[blocks] + 1 + slot, self.token_ids)
+        return noise if len(blocks) == len(rows) else noise[torch.from_numpy(back).to(noise.device)]
+
+
+def _scores(law: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The race's scores, [M, V] float64; tokens of no probability come last, in the order of their noise."""
+    return (law.double() + 1e-300) / noise
 
 
 def with_confidence(shares: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:

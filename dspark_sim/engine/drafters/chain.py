@@ -15,13 +15,16 @@ import torch
 
 from dspark_sim.engine.attention import RaggedBatch, TreeRows, attend
 from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
+from dspark_sim.engine.drafters.candidates import CandidateRule
 from dspark_sim.engine.drafters.chain_model import ChainDrafter
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
+from dspark_sim.engine.drafters.grow import grow_trees, in_order, shortened
 from dspark_sim.engine.drafters.heads import run_head
 from dspark_sim.engine.drafters.pending import PendingFeatures
 from dspark_sim.engine.drafters.walk import Branch, Slots
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.timing import SpanTimer
+from dspark_sim.tree_shapes import TreeShape
 
 
 class RaggedChainDrafter:
@@ -78,11 +81,7 @@ class RaggedChainDrafter:
         timer: SpanTimer,
     ) -> Drafted:
         """Draft chains of `draft_len` tokens, one pass each."""
-        with timer.span("draft"):
-            self._project()
-            self._extend_context(states)
-            anchors = torch.tensor([state.tokens[-1] for state in states], device=self._device)
-        positions = np.array([state.position for state in states])
+        positions, anchors = self._start(states, timer)
         with timer.span("head"):
             choose = rule.choose(
                 np.array([state.request_id for state in states]), positions, self.network.draft_token_ids
@@ -90,6 +89,34 @@ class RaggedChainDrafter:
             walk = _RaggedWalk(self, np.array([state.slot for state in states]), positions, timer)
             out = run_head(self.network, walk, anchors, draft_len, choose, self.confidence, with_prob=rule.with_prob)
             return out.drafted(limits)
+
+    @torch.inference_mode()
+    def draft_trees(
+        self,
+        states: Sequence[SequenceState],
+        shape: TreeShape,
+        draft_len: int,
+        limits: IntArray,
+        rule: DraftRule,
+        timer: SpanTimer,
+    ) -> Drafted:
+        """A pass over each level of the trees; candidates and the building of trees are the span ``head``."""
+        shape = shortened(shape, draft_len)
+        positions, anchors = self._start(states, timer)
+        with timer.span("head"):
+            ids, slots = (np.array([getattr(state, name) for state in states]) for name in ("request_id", "slot"))
+            candidates = CandidateRule(rule, ids, positions, self.network.draft_token_ids, shape.num_candidates)
+            walk = _RaggedWalk(self, slots, positions, timer)
+            grown = grow_trees(self.network, walk, anchors, shape, candidates, self.confidence)
+            return in_order(grown, draft_len, limits)
+
+    def _start(self, states: Sequence[SequenceState], timer: SpanTimer) -> tuple[IntArray, torch.Tensor]:
+        """Anchors' positions and tokens [R], once the context has all keys it needs."""
+        with timer.span("draft"):
+            self._project()
+            self._extend_context(states)
+            anchors = torch.tensor([state.tokens[-1] for state in states], device=self._device)
+        return np.array([state.position for state in states]), anchors
 
     def known_before(self, slots: IntArray, positions: IntArray) -> torch.Tensor:
         """What was known, g [R, d], at the positions before `positions`."""
@@ -105,8 +132,11 @@ class RaggedChainDrafter:
         lens: IntArray | None = None,
         tree: TreeRows | None = None,
     ) -> torch.Tensor:
-        """One pass over a token per request, or over `lens` nodes of trees from places `positions` on: output [B, d]."""
+        """Output [B, d] of a pass over a token per request, or over `lens` nodes of trees at places from `positions`."""
         lens = np.ones_like(positions) if lens is None else lens
+        if tree is not None:
+            # A tree may have more nodes than were reserved for those that are verified.
+            self._cache.lengthen(int((positions + lens).max()))
         batch = RaggedBatch(self._cache, slots, positions, lens, self._device, tree=tree)
         residual, entered = self.network.enter(known, tokens)
         rotary = self.network.rotary(batch.positions, entered)
@@ -192,9 +222,7 @@ class _GrowingTrees:
         self._seen = np.zeros((0, 0), dtype=np.bool_)
         self._level = 0
 
-    def grow(
-        self, rows: IntArray, parents: npt.ArrayLike | None
-    ) -> tuple[IntArray, IntArray, IntArray, TreeRows]:
+    def grow(self, rows: IntArray, parents: npt.ArrayLike | None) -> tuple[IntArray, IntArray, IntArray, TreeRows]:
         """Add a level of nodes [M].
 
         Parameters
