@@ -29,6 +29,7 @@ from dspark_sim.engine.drafters.choose import Confidence, DraftRule  # noqa: E40
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target  # noqa: E402
 from dspark_sim.engine.drafters.heads import run_head  # noqa: E402
 from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
+from dspark_sim.engine.recorded import RecordedOutput  # noqa: E402
 from dspark_sim.engine.sampling import (  # noqa: E402
     SamplingParams,
     draw,

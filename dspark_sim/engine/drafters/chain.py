@@ -132,7 +132,7 @@ class RaggedChainDrafter:
         lens: IntArray | None = None,
         tree: TreeRows | None = None,
     ) -> torch.Tensor:
-        """Output [B, d] of a pass over a token per request, or over `lens` nodes of trees at places from `positions`."""
+        """Output [B, d] of a pass over a token per request, or `lens` nodes of trees at places from `positions`."""
         lens = np.ones_like(positions) if lens is None else lens
         if tree is not None:
             # A tree may have more nodes than were reserved for those that are verified.
