@@ -54,6 +54,7 @@ def record(
     out: Path | str | None = None,
     engine: Engine | None = None,
     progress: bool = True,
+    tree: TreeShape | str | None = None,
 ) -> Trace:
     """Serve prompts live, and draft a block at every position of the outputs.
 
@@ -64,19 +65,22 @@ def record(
     target, drafter, dtype, device
         See `Engine.load`; ignored where `engine` is given.
     policy
-        ``None`` verifies every whole block.
+        ``None`` verifies every whole block, or every node of a tree.
     concurrency
         Users of a closed loop; `workload` overrides it.
     max_tokens, mode, temperature, top_k, top_p, seed, cost, allow_biased, force_cost
         See `Engine.record`.
     anchors
-        Whether to make the dense pass (with a drafter, and not after mode block or a biased run).
+        Whether to make the dense pass (with a drafter, and not after mode block, trees under rejection or a biased
+        run).
     out
         Folder to write the trace to.
     engine
         A loaded engine, to save loading one.
     progress
         Show bars.
+    tree
+        Shape of the drafts, or its text such as ``"best-first:32"``; ``None`` drafts chains.
 
     Raises
     ------
@@ -88,7 +92,7 @@ def record(
     engine = engine or _load(target, drafter, dtype, device, _users(workload, concurrency))
     trace = engine.record(
         list(bundled_prompts(per_domain=per_domain) if prompts is None else prompts),
-        policy or Fixed(engine.block_size),
+        policy or Fixed(engine.num_drafts(tree)),
         workload or ClosedLoop(concurrency),
         max_tokens=max_tokens,
         mode=mode,
@@ -100,8 +104,10 @@ def record(
         allow_biased=allow_biased,
         force_cost=force_cost,
         progress=progress,
+        tree=tree,
     )
-    if anchors and mode != "block" and not trace.config["biased"] and engine.drafter is not None:
+    replayable = mode != "block" and (mode != "rejection" or trace.config["tree"] is None)
+    if anchors and replayable and not trace.config["biased"] and engine.drafter is not None:
         trace = engine.anchors(trace, progress=progress)
     if out is not None:
         trace.write(out)
