@@ -16,6 +16,9 @@ from toy import toy_cost, toy_trace
 from toy_trees import GAMMA, ToyTrees
 
 from dspark_sim import simulate as replay
+from dspark_sim.analysis.decisions import check_decisions
+from dspark_sim.analysis.explain import explain
+from dspark_sim.analysis.metrics import conditional_acceptance
 from dspark_sim.commands.replay import Simulate
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
@@ -291,3 +294,14 @@ def test_traces_of_the_version_before_are_read(tmp_path: Path) -> None:
         kept = table.drop_columns([name for name in table.schema.names if name in names])
         pq.write_table(kept.replace_schema_metadata(metadata), path)
     equal(Trace.read(folder), simulate(toy_trace(), Fixed(3), ClosedLoop(2), COST))
+
+
+@pytest.mark.parametrize("policy", [PrefixScheduler(COST), LaggedPrefixScheduler(COST), Tetris(6)])
+def test_choices_among_nodes_come_out_again(policy: SpeculationPolicy) -> None:
+    trace = simulate(TREES.trace(fitted("best-first:9,4")), policy, ClosedLoop(3), COST)
+    assert check_decisions(trace)
+    assert trace.steps["predicted_throughput"].notna().any()
+    with pytest.raises(UserError, match="explain shows drafts of chains"):
+        explain(trace, 3)
+    with pytest.raises(UserError, match="how deep their verified nodes reach"):
+        conditional_acceptance(trace)
