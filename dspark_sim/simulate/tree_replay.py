@@ -2,7 +2,8 @@
 
 What decides about a tree is where the output's own tokens stand in it. `node_rank` has the place, in admission order,
 of the output's node at every depth: verifying b nodes accepts as many of them as are below b. For a tree of fixed shape
-the places follow from ranks alone, so any such shape can be read off the ranks of another. For a tree that the
+the places follow from ranks along the output alone, so any such shape can be read off a recording of any other: the
+drafter ranks what follows each node anew, and on the output's path that is what was recorded. For a tree that the
 drafter's probabilities choose, the list of a smaller budget is the beginning of the list of a larger one.
 
 T is the number of anchors, γ the drafter's block, n the most nodes of a tree.
@@ -141,11 +142,6 @@ def replayed_tree(
         return recorded
     if isinstance(shape, BestFirst | DynamicTopK):
         return _shorter(shape, recorded, was)
-    if recorded is not None and isinstance(recorded.shape, BestFirst | DynamicTopK):
-        raise UserError(
-            f"the recording has trees of shape {was} and {label} needs ranks along the output of a fixed shape; replay "
-            "a smaller budget of the same kind or the chain, or record with --tree " + label
-        )
     if ranks is None:
         raise UserError(
             f"the recording has no ranks to replay tree {label} by; record it with --tree {label}, or with a drafter "
