@@ -21,7 +21,7 @@ from dspark_sim.errors import UserError
 from dspark_sim.loop import Mode
 from dspark_sim.policy import Fixed, LoadView, SpeculationPolicy
 from dspark_sim.trace import Trace, refuse_foreign
-from dspark_sim.tree_shapes import Chain, TreeShape, parse_tree
+from dspark_sim.tree_shapes import Chain, TreeShape, parse_tree, recorded_shape
 from dspark_sim.workload import ClosedLoop, Prompt, Workload, bundled_prompts
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def most_drafted(
     limit = recorded if block_size is None else block_size
     if tree is None:
         replayed = getattr(trace, "tree", None)
-        tree = trace.config.get("tree") if isinstance(trace, Trace) else getattr(replayed, "shape", None)
+        tree = recorded_shape(trace.config) if isinstance(trace, Trace) else getattr(replayed, "shape", None)
     shape = parse_tree(tree) if isinstance(tree, str) else tree
     if limit is None or shape is None or (isinstance(shape, Chain) and shape.depth is None):
         return None if limit is None else int(limit)

@@ -10,9 +10,10 @@ text (`parse_tree`) give the same text back as `label`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -313,6 +314,19 @@ def parse_tree(text: str) -> TreeShape:
         case "sequoia", [budget, *more] if len(more) <= 1:
             return Sequoia(budget, acceptance or DEFAULT_ACCEPTANCE, more[0] if more else None)
     raise UserError(f"tree {text!r} is no shape; give {_FORMS}")
+
+
+def recorded_shape(config: Mapping[str, Any]) -> TreeShape | None:
+    """Shape of a run's drafts by its configuration, fitted to its drafter; ``None`` for chains.
+
+    Raises
+    ------
+    UserError
+        If its entry `tree` is no shape.
+    """
+    label = config.get("tree")
+    shape = Chain() if label is None else parse_tree(str(label))
+    return None if isinstance(shape, Chain) else shape.fitted(int(config.get("block_size") or 0))
 
 
 def refuse_branches(shape: TreeShape, drafter: str) -> None:

@@ -121,6 +121,15 @@ def block_law(toy: Toy, params: SamplingParams, num_requests: int) -> GTest:
         return g_test(blocks, _drafter_law(toy, commonest, params))
 
 
+def first_slot_laws(toy: Toy, params: SamplingParams) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Laws of target and drafter of the token behind the prompt and each first token, [V, V] both."""
+    size = toy.target.config.vocab_size
+    joint = toy.law(params, 2).reshape(size, size)
+    with torch.inference_mode():
+        drafter = [_drafter_law(toy, anchor, params).reshape(size, -1).sum(axis=1) for anchor in range(size)]
+    return joint / joint.sum(axis=1, keepdims=True), np.stack(drafter)
+
+
 def _drafter_law(toy: Toy, anchor: int, params: SamplingParams) -> npt.NDArray[np.float64]:
     """Exact joint law of a block behind the prompt and one token, flat [V ** γ]."""
     from dspark_sim.engine.drafters.dense import dense_target, dense_walks

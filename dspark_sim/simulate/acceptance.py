@@ -168,10 +168,9 @@ class RecordedAnchors:
     def with_tree(self, shape: TreeShape | None) -> RecordedAnchors:
         """The same anchors with trees of another shape; ``None`` keeps what was recorded.
 
-        A chain can be replayed from any recording, a tree of fixed shape from ranks along the output (those of chains
-        and of fixed shapes), and a tree that the drafter's probabilities choose from one of the same rule and at least
-        its budget. Only those whose nodes were all recorded have survivals; of others the number verified must be
-        given by a policy that does not look at them.
+        A chain can be replayed from any recording, a tree of fixed shape from any with ranks along the output, and a
+        tree that the drafter's probabilities choose from one of the same rule and at least its budget. Only a tree
+        whose nodes were all recorded has survivals; with others go policies that do not look at them.
 
         Raises
         ------

@@ -2,7 +2,8 @@
 
 What decides about a tree is where the output's own tokens stand in it. `node_rank` has the place, in admission order,
 of the output's node at every depth: verifying b nodes accepts as many of them as are below b. For a tree of fixed shape
-the places follow from ranks alone, so any such shape can be read off the ranks of another. For a tree that the
+the places follow from ranks along the output alone, so any such shape can be read off a recording of any other: the
+drafter ranks what follows each node anew, and on the output's path that is what was recorded. For a tree that the
 drafter's probabilities choose, the list of a smaller budget is the beginning of the list of a larger one.
 
 T is the number of anchors, γ the drafter's block, n the most nodes of a tree.
@@ -21,7 +22,7 @@ import pyarrow as pa
 from dspark_sim.anchor_arrays import lengths, padded
 from dspark_sim.errors import UserError
 from dspark_sim.tree import NOWHERE, TokenTree
-from dspark_sim.tree_shapes import BestFirst, Chain, DynamicTopK, StaticShape, TreeShape, parse_tree
+from dspark_sim.tree_shapes import BestFirst, DynamicTopK, StaticShape, TreeShape, recorded_shape
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -96,30 +97,28 @@ def read_tree(
         If the run drafted trees and the table has none.
     """
     ranks = None if _missing(table, "target_rank") else _places(table, "target_rank", block_size)
-    label = config.get("tree")
-    shape = Chain() if label is None else parse_tree(label)
+    shape = recorded_shape(config)
     num_ranked = config.get("num_candidates")
-    if isinstance(shape, Chain):
+    if shape is None:
         if num_ranked is None and config.get("mode", "greedy") == "coupled":
             # A chain's ranks are by probability, and coupled candidates are ranked by their race.
             ranks = None
         return ranks, num_ranked, None
-    fitted = shape.fitted(block_size)
     lacking = [name for name in ("node_rank", "node_survival", "first_at_depth") if _missing(table, name)]
     if lacking and table.num_rows:
         raise UserError(
-            f"the trace drafted trees of shape {label} and its anchors have no {lacking[0]}; record it again with the "
-            "dense pass, or replay a recording of chains"
+            f"the trace drafted trees of shape {shape.label()} and its anchors have no {lacking[0]}; record it again "
+            "with the dense pass, or replay a recording of chains"
         )
-    survival: FloatArray = padded(table, "node_survival", fitted.num_nodes, 0.0)
+    survival: FloatArray = padded(table, "node_survival", shape.num_nodes, 0.0)
     tree = RecordedTree(
-        fitted,
+        shape,
         _places(table, "node_rank", block_size),
         lengths(table, "node_survival"),
         _places(table, "first_at_depth", block_size),
         survival,
     )
-    return ranks, fitted.num_candidates if num_ranked is None else int(num_ranked), tree
+    return ranks, shape.num_candidates if num_ranked is None else int(num_ranked), tree
 
 
 def replayed_tree(
@@ -143,11 +142,6 @@ def replayed_tree(
         return recorded
     if isinstance(shape, BestFirst | DynamicTopK):
         return _shorter(shape, recorded, was)
-    if recorded is not None and isinstance(recorded.shape, BestFirst | DynamicTopK):
-        raise UserError(
-            f"the recording has trees of shape {was} and {label} needs ranks along the output of a fixed shape; replay "
-            "a smaller budget of the same kind or the chain, or record with --tree " + label
-        )
     if ranks is None:
         raise UserError(
             f"the recording has no ranks to replay tree {label} by; record it with --tree {label}, or with a drafter "
