@@ -27,7 +27,8 @@ MOST_NODES = 1024
 """Most nodes of one tree: a wider one is a slip of the pen, and its ancestor mask alone would take a megabyte."""
 
 DEFAULT_ACCEPTANCE: Acceptance = ((0.6, 0.15, 0.07, 0.04),)
-"""Rates by rank that `sequoia:BUDGET` assumes where none are given; measure a drafter's own with `rates_by_rank`."""
+"""Rates by rank that `sequoia:BUDGET` assumes where none are given; measure a drafter's own with
+`analysis.tree_rates.rates_by_rank`."""
 
 
 @dataclass(frozen=True)

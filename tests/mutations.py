@@ -168,6 +168,38 @@ MUTATIONS = (
         "list(draft_tokens)",
         (EXACTNESS + "test_a_recording_in_rejection_mode_replays_another_policy",),
     ),
+    Mutation(
+        "tree-law",
+        "a rejected child stays in the drafter's law",
+        "tree_accept.py",
+        "q_rest[rows, tokens] = 0.0",
+        "q_rest[rows, tokens] = q[rows, tokens]",
+        ("tests/test_tree_laws.py::test_one_more_node_changes_nothing_on_average",),
+    ),
+    Mutation(
+        "tree-walk",
+        "the walk down a tree takes a child that was not verified",
+        "tree_accept.py",
+        "matches = verified & (tree.parents == here[:, None]) &",
+        "matches = (tree.parents == here[:, None]) &",
+        ("tests/test_tree.py::test_the_walk_down_and_the_places_of_the_output",),
+    ),
+    Mutation(
+        "tree-told",
+        "the survival of a node is raised by what stands behind it",
+        "tree.py",
+        "np.minimum.accumulate(survival, axis=-1)",
+        "np.maximum.accumulate(survival[..., ::-1], axis=-1)[..., ::-1]",
+        ("tests/test_tree.py::test_what_a_policy_sees_never_rises_and_looks_back_only",),
+    ),
+    Mutation(
+        "tree-places",
+        "a replay accepts the node behind the last one that was verified",
+        "simulate/tree_replay.py",
+        "< verify_lens[:, None]).sum",
+        "<= verify_lens[:, None]).sum",
+        ("tests/test_tree_replay.py::test_a_replay_has_the_rounds_of_a_live_run_of_that_shape",),
+    ),
 )
 
 

@@ -19,6 +19,7 @@ from dspark_sim import simulate as replay
 from dspark_sim.analysis.decisions import check_decisions
 from dspark_sim.analysis.explain import explain
 from dspark_sim.analysis.metrics import conditional_acceptance
+from dspark_sim.analysis.tree_rates import rates_by_rank
 from dspark_sim.commands.replay import Simulate
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop
@@ -31,7 +32,7 @@ from dspark_sim.simulate import simulate
 from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.executor import ReplayExecutor
 from dspark_sim.trace import Trace, TraceRecorder
-from dspark_sim.tree_shapes import TreeShape, parse_tree
+from dspark_sim.tree_shapes import Sequoia, TreeShape, parse_tree
 from dspark_sim.workload import ClosedLoop
 
 COST = toy_cost()
@@ -309,3 +310,27 @@ def test_choices_among_nodes_come_out_again(policy: SpeculationPolicy) -> None:
         explain(trace, 3)
     with pytest.raises(UserError, match="how deep their verified nodes reach"):
         conditional_acceptance(trace)
+
+
+@pytest.mark.parametrize("was", ["chain", "best-first:9,4"])
+def test_rates_by_rank_are_counted_along_the_outputs(was: str) -> None:
+    trace = recorded(was)
+    hits, places = np.zeros((GAMMA, 3)), np.zeros(GAMMA)
+    for request in TREES.requests:
+        output = request["output_tokens"]
+        for anchor in range(len(output) - 1):
+            block = TREES.blocks[request["request_id"]][anchor].tokens[0]
+            for depth, token in enumerate(output[anchor + 1 : anchor + 1 + GAMMA]):
+                places[depth] += 1
+                if token not in block[depth, :3]:
+                    break
+                hits[depth, block[depth].tolist().index(token)] += 1
+    rates = rates_by_rank(trace, 3)
+    assert np.array(rates) == pytest.approx(hits / places[:, None])
+    (together,) = rates_by_rank(trace, 3, by_depth=False)
+    assert together == pytest.approx(hits.sum(axis=0) / places.sum())
+    assert Sequoia(9, rates).fitted(GAMMA).num_nodes == 9
+    with pytest.raises(UserError, match="has no ranks along its outputs"):
+        rates_by_rank(TREES.trace(None, ranks=False))
+    with pytest.raises(UserError, match="num_candidates is 0"):
+        rates_by_rank(trace, 0)
