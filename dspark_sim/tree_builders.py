@@ -42,6 +42,9 @@ class Frontier:
         [m], rank of the node among the candidates of that row; -1 for anchors.
     tokens
         [m], the node's token; -1 for anchors.
+    needed
+        [m], logarithm of the acceptance that a candidate must exceed to enter the tree as it stands; minus infinity
+        where anything may.
     """
 
     depth: int
@@ -49,10 +52,13 @@ class Frontier:
     rows: IntArray
     ranks: IntArray
     tokens: IntArray
+    needed: FloatArray
 
 
 Expand = Callable[[Frontier], tuple[IntArray, FloatArray]]
-"""From m nodes to tokens [m, K] and logarithms of estimated acceptance [m, K], at most 0, of their candidates."""
+"""From m nodes to tokens [m, K] and logarithms of estimated acceptance [m, K], at most 0, of their candidates.
+
+A node none of whose candidates can exceed what is needed may get minus infinity for all, whatever its tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +109,7 @@ def _depth(depth: int | None) -> int:
 
 def _anchors(num_requests: int) -> Frontier:
     nothing = np.full(num_requests, -1, dtype=np.int64)
-    return Frontier(1, np.arange(num_requests), nothing, nothing, nothing)
+    return Frontier(1, np.arange(num_requests), nothing, nothing, nothing, np.full(num_requests, -np.inf))
 
 
 def _grow_static(shape: StaticShape, expand: Expand, num_requests: int) -> TreeBatch:
@@ -137,6 +143,7 @@ def _grow_static(shape: StaticShape, expand: Expand, num_requests: int) -> TreeB
             of_requests[:, inner].ravel(),
             np.tile(tree.ranks[above], num_requests),
             tokens[:, above].ravel(),
+            np.full(num_requests * len(above), -np.inf),
         )
 
     def every(values: IntArray) -> IntArray:
@@ -194,14 +201,16 @@ def _grow_dynamic(
         if not expandable.any():
             break
         source, rows = facts[0][expandable], facts[0][expandable] - num_seen
+        above, owners = logs[expandable], np.nonzero(expandable)[0]
+        last = logs[:, -1] if logs.shape[1] == node_budget else np.full(num_requests, -np.inf)
         frontier = Frontier(
             depth + 1,
-            np.nonzero(expandable)[0],
+            owners,
             rows // num_candidates,
             rows % num_candidates,
             facts[4][expandable],
+            last[owners] - above,
         )
-        above = logs[expandable]
         num_seen += len(owner)
     return _assemble(logs, facts)
 

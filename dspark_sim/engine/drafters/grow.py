@@ -20,13 +20,15 @@ from dspark_sim.engine.drafters import Drafted
 from dspark_sim.engine.drafters.candidates import CandidateRule, with_confidence
 from dspark_sim.engine.drafters.choose import Confidence
 from dspark_sim.engine.drafters.network import DraftNetwork
-from dspark_sim.engine.drafters.walk import Walk
+from dspark_sim.engine.drafters.walk import Branch, Walk
 from dspark_sim.tree import FloatArray, IntArray, TokenTree, TreeBatch
 from dspark_sim.tree_builders import Candidates, Frontier, grow
 from dspark_sim.tree_shapes import BestFirst, DynamicTopK, TreeShape
 
 # Logits of a level are made in parts of so many numbers.
 _LOGITS_AT_ONCE = 2**23
+# Rounding must not leave out a node that is as good as the last one.
+_SLACK = 1e-6
 
 
 @dataclass(slots=True, eq=False)
@@ -148,23 +150,41 @@ class _Growth:
         index = torch.from_numpy(np.stack((frontier.requests, frontier.rows, frontier.tokens))).to(device)
         rows, parents, previous = index[0], None if slot == 0 else index[1], index[2]
         branch = self.walk.branch(rows, parents, self.anchors[rows] if slot == 0 else previous)
-        tokens, shares = [], []
+        num = min(self.rule.num_candidates, len(self.rule.token_ids))
+        tokens = np.zeros((len(rows), num), dtype=np.int64)
+        shares = np.full((len(rows), num), -np.inf)
         # Ways of one request, numbered over all levels: their draws must not be the same.
-        first = sum(len(law) for law in self._laws) // len(self.anchors)
-        ways = first + _places(frontier.requests)
+        ways = sum(len(law) for law in self._laws) // len(self.anchors) + _places(frontier.requests)
+        sure = self._sure(slot, branch)
+        wanted = np.arange(len(rows))
+        if sure is not None:
+            # The first candidate's acceptance is known before the head has run: some nodes need not be asked.
+            wanted = np.flatnonzero(np.log(_numpy(sure) + _SLACK) > frontier.needed)
         size = max(1, _LOGITS_AT_ONCE // len(self.rule.token_ids))
-        for low in range(0, len(rows), size):
-            part = slice(low, low + size)
-            logits = branch.logits(part)
+        for part in np.split(wanted, range(size, len(wanted), size)):
+            chosen = torch.from_numpy(part).to(device)
+            logits = branch.logits(chosen)
             found = self.rule.at(slot, logits, frontier.requests[part], ways[part])
-            embedding = None if branch.embedding is None else branch.embedding[part]
-            sure = self.confidence.estimate(self.network, branch.hidden[part], embedding, logits)
-            sure = None if sure is None else self.confidence.calibrate_slot(sure, slot)
-            tokens.append(found.tokens)
-            shares.append(with_confidence(found.shares, sure))
+            here = self._sure(slot, branch, chosen, logits) if sure is None else sure[chosen]
+            tokens[part] = _numpy(found.tokens)
+            shares[part] = _numpy(with_confidence(found.shares, here).log())
             if found.law is not None:
                 self._laws.append(found.law)
-        return _numpy(torch.cat(tokens)), _numpy(torch.cat(shares).log())
+        return tokens, shares
+
+    def _sure(
+        self, slot: int, branch: Branch, part: torch.Tensor | None = None, logits: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Estimates of P(accept the first candidate) of some ways; of all from the head, which needs no logits."""
+        hidden, embedding = branch.hidden, branch.embedding
+        if logits is None:
+            if self.confidence.kind != "head":
+                return None
+            sure = self.confidence.from_head(self.network, hidden, embedding)
+        else:
+            embedding = None if embedding is None else embedding[part]
+            sure = self.confidence.estimate(self.network, hidden[part], embedding, logits)
+        return None if sure is None else self.confidence.calibrate_slot(sure, slot)
 
     def laws(self, shape: TreeShape) -> ChildLaws:
         """Which law is whose, for a static shape: a level has its nodes with children, request by request."""

@@ -57,12 +57,12 @@ class Branch:
     embedding
         [M, r], or ``None``; see `Slots`.
     logits
-        From a slice of the ways to theirs, [m, Vd].
+        From numbers [m] of ways to theirs, [m, Vd].
     """
 
     hidden: torch.Tensor
     embedding: torch.Tensor | None
-    logits: Callable[[slice], torch.Tensor]
+    logits: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Walk(Protocol):
