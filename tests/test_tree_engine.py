@@ -220,13 +220,7 @@ def test_a_tree_of_width_one_is_the_chain(drafter: str, mode: Any) -> None:
     made.drafter.confidence = Confidence(
         "head" if drafter in ("vanilla", "rnn") else "top1", temperatures=(1.0, 2.0, 0.5)
     )
-    made.decode(Fixed(0), mode, params(mode), num_requests=1, num_tokens=2)
-    layers = len(made.drafter.feature_layers)
-    rng = np.random.default_rng(0)
-    states = [SequenceState(number, 3, rng.integers(0, VOCABULARY, 6 + number).tolist(), number) for number in range(3)]
-    lens = np.array([state.position for state in states])
-    features = torch.from_numpy(rng.normal(size=(int(lens.sum()), 24 * layers))).float()
-    made.drafter.observe(np.arange(3), np.zeros(3, dtype=np.int64), lens, features)
+    states = some_states(made)
     rule, limits = DraftRule(mode, params(mode)), np.array([9, 2, 9])
     chain = made.drafter.draft(states, BLOCK_SIZE, limits, rule, timer)
     for text in ("width:1,3", "best-first:3,1", "markov:3,1" if drafter != "none" else "dynamic:1,3,3", "width:3,3"):
@@ -308,6 +302,59 @@ def test_children_drawn_without_replacement_keep_the_law(shape: str, policy: str
     outputs = made.decode(chosen, "rejection", soft, num_requests=4000, num_tokens=4)
     result = g_test(outputs, made.law(soft, 4))
     assert result.p_value > 1e-3, result
+
+
+def some_states(made: Toy) -> list[SequenceState]:
+    """Three requests whose features the drafter has, none of them of a run."""
+    assert made.drafter is not None
+    rng = np.random.default_rng(0)
+    states = [SequenceState(number, 3, rng.integers(0, VOCABULARY, 6 + number).tolist(), number) for number in range(3)]
+    lens = np.array([state.position for state in states])
+    features = rng.normal(size=(int(lens.sum()), 24 * len(made.drafter.feature_layers)))
+    made.drafter.observe(np.arange(3), np.zeros(3, dtype=np.int64), lens, torch.from_numpy(features).float())
+    return states
+
+
+@pytest.mark.parametrize("drafter", ["vanilla", "eagle3"])
+def test_the_survival_of_a_drawn_node_does_not_look_at_it(drafter: str) -> None:
+    """With other draws a node has another survival only where the token of its parent is another."""
+    made, timer, shape = toy(drafter), SpanTimer(torch.device("cpu")), parse_tree("width:2,2")
+    states, differ = some_states(made), 0
+    by_parent: dict[tuple[int, int, int], float] = {}
+    for seed in range(40):
+        rule = DraftRule("rejection", params("rejection", seed))
+        trees = made.drafter.draft_trees(states, shape, 6, np.full(3, 9), rule, timer).trees  # type: ignore[union-attr]
+        for row in range(3):
+            for node in range(6):
+                parent = int(trees.parents[row, node])
+                above = -1 if parent < 0 else int(trees.tokens[row, parent])
+                given = trees.survival[row, node] / (1.0 if parent < 0 else trees.survival[row, parent])
+                known = by_parent.setdefault((row, int(trees.ranks[row, node]), above), given)
+                assert given == pytest.approx(known, rel=1e-5)
+        first = trees.tokens[:, [0, 1]]
+        assert (first[:, 0] != first[:, 1]).all()
+        differ += int((trees.tokens[:, [2, 3]] != trees.tokens[:, [4, 5]]).any())
+    assert differ > 0 and len(by_parent) > 20
+
+
+@pytest.mark.parametrize("text", ["markov:6", "markov:20,12", "dynamic:4,3,9"])
+@pytest.mark.parametrize("drafter", ["vanilla", "rnn"])
+def test_nodes_that_are_not_asked_would_not_have_entered(
+    drafter: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dspark_sim.engine.drafters import grow
+
+    made, shape, rule = toy(drafter), parse_tree(text).fitted(BLOCK_SIZE), DraftRule("coupled", params("coupled"))
+    states = some_states(made)
+
+    def trees(slack: float) -> Any:
+        monkeypatch.setattr(grow, "_SLACK", slack)
+        timer = SpanTimer(torch.device("cpu"))
+        return made.drafter.draft_trees(states, shape, 20, np.full(3, 9), rule, timer).trees  # type: ignore[union-attr]
+
+    some, every = trees(1e-6), trees(1e9)
+    for name in ("num_nodes", "parents", "ranks", "tokens", "survival"):
+        assert np.array_equal(getattr(some, name), getattr(every, name))
 
 
 def test_a_rejection_run_depends_on_the_seed_and_not_on_the_batch() -> None:
