@@ -269,6 +269,7 @@ def test_the_walk_down_and_the_places_of_the_output(text: str, seed: int) -> Non
 
 
 def test_the_walk_down_a_chain_is_the_longest_prefix() -> None:
+    pytest.importorskip("torch")
     from dspark_sim.engine.verify import accept_matching
 
     rng = np.random.default_rng(0)
@@ -306,6 +307,12 @@ def test_nodes_are_added_while_the_rate_rises(seed: int, count: int) -> None:
     worth = (2 + np.concatenate(([0.0], never_rising(both).sum(axis=0).cumsum()))) / seconds
     assert all(worth[b + 1] > worth[b] for b in range(together))
     assert together == count or worth[together + 1] <= worth[together]
+
+
+def test_step_times_that_do_not_fit_are_one_sentence() -> None:
+    for seconds in (np.ones(3), np.array([1.0, 0.0, 1.0, 1.0])):
+        with pytest.raises(UserError, match="step times go with 3 nodes; give one positive time for each"):
+            paying_nodes(np.array([0.5, 0.4, 0.3]), seconds)
 
 
 def test_what_a_policy_sees_never_rises_and_looks_back_only() -> None:

@@ -334,3 +334,22 @@ def test_rates_by_rank_are_counted_along_the_outputs(was: str) -> None:
         rates_by_rank(TREES.trace(None, ranks=False))
     with pytest.raises(UserError, match="num_candidates is 0"):
         rates_by_rank(trace, 0)
+
+
+def test_compiled_kernels_leave_trees_to_the_arrays() -> None:
+    pytest.importorskip("numba")
+    trace = TREES.trace(fitted("best-first:9,4"))
+    runs = [
+        simulate(trace, PrefixScheduler(COST), ClosedLoop(3), COST, num_requests=20, backend=backend)
+        for backend in ("arrays", "compiled")
+    ]
+    equal(*runs)
+
+
+def test_requests_drawn_with_replacement_keep_their_trees() -> None:
+    anchors = RecordedAnchors.from_trace(TREES.trace(fitted("width:2,3"))).bootstrap(12, seed=1)
+    trace = simulate(anchors, Fixed(14), ClosedLoop(3), COST)
+    for request_id, prompt in zip(trace.requests["request_id"], trace.requests["prompt_id"], strict=True):
+        (known,) = [request for request in TREES.requests if request["prompt_id"] == prompt]
+        expected = TREES.rounds(known["request_id"], fitted("width:2,3"), lambda survival: 14)
+        assert rounds_of(trace, request_id) == [row[:-1] for row in expected]
