@@ -227,8 +227,8 @@ class Engine:
         if wanted > limit:
             if shape is not None:
                 raise UserError(
-                    f"policy {policy.label()} drafts {wanted} nodes and tree {shape.label()} has {limit}, which is "
-                    "what the KV cache reserves; lower verify_len or give the tree more nodes"
+                    f"policy {policy.label()} drafts {wanted} nodes and tree {usual_label(shape, self.block_size)} has "
+                    f"{limit}, which is what the KV cache reserves; lower verify_len or give the tree more nodes"
                 )
             raise UserError(
                 f"policy {policy.label()} drafts {wanted} tokens and drafter {self.drafter_name} at most "
