@@ -21,6 +21,7 @@ from dspark_sim.errors import UserError
 from dspark_sim.loop import Mode
 from dspark_sim.policy import Fixed, LoadView, SpeculationPolicy
 from dspark_sim.trace import Trace, refuse_foreign
+from dspark_sim.tree_shapes import Chain, TreeShape, parse_tree, recorded_shape
 from dspark_sim.workload import ClosedLoop, Prompt, Workload, bundled_prompts
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def record(
     out: Path | str | None = None,
     engine: Engine | None = None,
     progress: bool = True,
+    tree: TreeShape | str | None = None,
 ) -> Trace:
     """Serve prompts live, and draft a block at every position of the outputs.
 
@@ -63,19 +65,22 @@ def record(
     target, drafter, dtype, device
         See `Engine.load`; ignored where `engine` is given.
     policy
-        ``None`` verifies every whole block.
+        ``None`` verifies every whole block, or every node of a tree.
     concurrency
         Users of a closed loop; `workload` overrides it.
     max_tokens, mode, temperature, top_k, top_p, seed, cost, allow_biased, force_cost
         See `Engine.record`.
     anchors
-        Whether to make the dense pass (with a drafter, and not after mode block or a biased run).
+        Whether to make the dense pass (with a drafter, and not after mode block, trees under rejection or a biased
+        run).
     out
         Folder to write the trace to.
     engine
         A loaded engine, to save loading one.
     progress
         Show bars.
+    tree
+        Shape of the drafts, or its text such as ``"best-first:32"``; ``None`` drafts chains.
 
     Raises
     ------
@@ -87,7 +92,7 @@ def record(
     engine = engine or _load(target, drafter, dtype, device, _users(workload, concurrency))
     trace = engine.record(
         list(bundled_prompts(per_domain=per_domain) if prompts is None else prompts),
-        policy or Fixed(engine.block_size),
+        policy or Fixed(engine.num_drafts(tree)),
         workload or ClosedLoop(concurrency),
         max_tokens=max_tokens,
         mode=mode,
@@ -99,8 +104,10 @@ def record(
         allow_biased=allow_biased,
         force_cost=force_cost,
         progress=progress,
+        tree=tree,
     )
-    if anchors and mode != "block" and not trace.config["biased"] and engine.drafter is not None:
+    replayable = mode != "block" and (mode != "rejection" or trace.config["tree"] is None)
+    if anchors and replayable and not trace.config["biased"] and engine.drafter is not None:
         trace = engine.anchors(trace, progress=progress)
     if out is not None:
         trace.write(out)
@@ -134,6 +141,7 @@ def simulate(
     concurrency: int = 4,
     workload: Workload | None = None,
     block_size: int | None = None,
+    tree: TreeShape | str | None = None,
     **options: Any,
 ) -> Trace:
     """Replay a recording's anchors under another policy, block size or load.
@@ -148,6 +156,8 @@ def simulate(
         Users of a closed loop; `workload` overrides it.
     block_size
         At most the recorded one; ``None`` keeps it.
+    tree
+        Shape of the drafts, or its text such as ``"width:2,3"``; ``None`` keeps what was recorded.
     options
         As of `dspark_sim.simulate.run.simulate`: ``num_requests, scheduler, allow_biased, noise_seed, mix,
         num_replicas, router, load_lag, detail, seed, progress``.
@@ -159,16 +169,49 @@ def simulate(
     """
     from dspark_sim.simulate.run import simulate as run
 
-    recorded = trace.config.get("block_size") if isinstance(trace, Trace) else trace.block_size
-    limit = recorded if block_size is None else block_size
+    shape = parse_tree(tree) if isinstance(tree, str) else tree
+    limit = most_drafted(trace, block_size, shape)
     if limit is not None:
-        wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, int(limit)))
+        wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, limit))
         if wanted > limit:
             raise UserError(
                 f"policy {policy.label()} drafts {wanted} tokens and blocks have at most {limit}; lower verify_len, or "
                 "replay a recording with larger blocks"
             )
-    return run(trace, policy, workload or ClosedLoop(concurrency), cost, block_size=block_size, **options)
+    return run(trace, policy, workload or ClosedLoop(concurrency), cost, block_size=block_size, tree=shape, **options)
+
+
+def most_drafted(
+    trace: Trace | RecordedAnchors | SyntheticAcceptance,
+    block_size: int | None = None,
+    tree: TreeShape | str | None = None,
+) -> int | None:
+    """Most tokens that a replay drafts per round: its block size, or the nodes of its trees.
+
+    Parameters
+    ----------
+    trace, block_size, tree
+        As for `simulate`.
+
+    Returns
+    -------
+    int or None
+        ``None`` if the trace does not say how large its blocks are.
+
+    Raises
+    ------
+    UserError
+        If the tree is no shape or deeper than the recorded block.
+    """
+    recorded = trace.config.get("block_size") if isinstance(trace, Trace) else trace.block_size
+    limit = recorded if block_size is None else block_size
+    if tree is None:
+        replayed = getattr(trace, "tree", None)
+        tree = recorded_shape(trace.config) if isinstance(trace, Trace) else getattr(replayed, "shape", None)
+    shape = parse_tree(tree) if isinstance(tree, str) else tree
+    if limit is None or shape is None or (isinstance(shape, Chain) and shape.depth is None):
+        return None if limit is None else int(limit)
+    return shape.fitted(int(limit)).num_nodes
 
 
 def compare(live: Trace, simulated: Trace, repeat: Trace | None = None) -> pd.DataFrame:

@@ -237,7 +237,7 @@ def load_drafters(base: Engine, names: Sequence[str] | None) -> dict[str, Engine
     UserError
         If a drafter cannot be had or proposes nothing, or two have one name.
     """
-    from dspark_sim.engine.serve import BUNDLED_DRAFTERS
+    from dspark_sim.engine.drafters.named import BUNDLED_DRAFTERS
 
     if names is None:
         folder = Path(__file__).parent / "drafters"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,17 @@ from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
 from dspark_sim.policy import LoadView, Signal, SpeculationPolicy
 from dspark_sim.request import Request
+from dspark_sim.runnable import Mode as Mode
+from dspark_sim.runnable import require_runnable as require_runnable
 from dspark_sim.scheduler import Scheduler
 from dspark_sim.trace import DraftRows, StepRow, TraceRecorder
+from dspark_sim.tree import never_rising
+from dspark_sim.tree_shapes import TreeShape
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Spans = dict[str, float]
-Mode = Literal["greedy", "rejection", "coupled", "target_match", "block"]
-"""How drafts are accepted; `engine.verify` has the rules."""
 
 
 @dataclass(slots=True)
@@ -42,7 +44,7 @@ class Prefilled:
 
 @dataclass(slots=True)
 class DraftBatch:
-    """One round's drafts.
+    """One round's drafts; where they are trees, their nodes in admission order.
 
     Parameters
     ----------
@@ -60,6 +62,11 @@ class DraftBatch:
         [R, γ], true P(accept k | all before k accepted), or ``None``; only a replay knows it.
     handle
         What the executor needs to verify them.
+    survival
+        [R, n], of the nodes of trees, whatever signal a policy asks for; ``None`` for chains, whose survival is the
+        product of a signal.
+    parents
+        [R, n], of the nodes of trees, or ``None``.
     """
 
     draft_lens: IntArray
@@ -69,6 +76,8 @@ class DraftBatch:
     draft_prob: FloatArray | None = None
     accept_prob: FloatArray | None = None
     handle: Any = None
+    survival: FloatArray | None = None
+    parents: IntArray | None = None
 
     @staticmethod
     def empty(num_requests: int) -> DraftBatch:
@@ -93,6 +102,8 @@ class Verification:
         Seconds of verify and accept.
     padded_tokens
         Tokens the target's linear layers processed.
+    accepted_path
+        [R, D], the accepted nodes of trees; ``None`` for chains.
     """
 
     num_accepted: IntArray
@@ -100,6 +111,7 @@ class Verification:
     stopped: BoolArray
     spans: Spans
     padded_tokens: int
+    accepted_path: IntArray | None = None
 
 
 class Executor(Protocol):
@@ -107,7 +119,12 @@ class Executor(Protocol):
 
     @property
     def block_size(self) -> int:
-        """Most tokens drafted per round; 0 without a drafter."""
+        """Most tokens drafted per round, the nodes of a tree; 0 without a drafter."""
+        ...
+
+    @property
+    def tree(self) -> TreeShape | None:
+        """Shape of the drafts; ``None`` for chains."""
         ...
 
     @property
@@ -145,30 +162,6 @@ class Executor(Protocol):
         ...
 
 
-def require_runnable(policy: SpeculationPolicy, mode: Mode, has_confidence: bool, allow_biased: bool) -> bool:
-    """Whether a policy biases the output under a mode of acceptance; refused unless that is allowed.
-
-    Raises
-    ------
-    UserError
-        If it would and is not allowed to, or needs confidences that the drafter does not give.
-    """
-    # True acceptance probabilities exist in replays alone, as an upper bound; nothing is emitted by them.
-    peeks = policy.information == "sampled_token" and policy.signal != "accept_prob"
-    biased = peeks and mode in ("rejection", "block")
-    if biased and not allow_biased:
-        raise UserError(
-            f"policy {policy.label()} looks at sampled tokens, which biases the output under mode {mode}; "
-            "use greedy, coupled or target_match, or --allow-biased for a negative control"
-        )
-    if policy.needs_confidence and not has_confidence:
-        raise UserError(
-            f"policy {policy.label()} needs confidence estimates and this drafter gives none; "
-            "use a drafter with a confidence head, --confidence top1, or a fixed policy"
-        )
-    return biased
-
-
 class DecodeLoop:
     """One server: a scheduler, an executor and a policy.
 
@@ -199,7 +192,7 @@ class DecodeLoop:
         *,
         allow_biased: bool = False,
     ) -> None:
-        self.biased = require_runnable(policy, executor.mode, executor.has_confidence, allow_biased)
+        self.biased = require_runnable(policy, executor.mode, executor.has_confidence, allow_biased, executor.tree)
         self.executor = executor
         self.scheduler = scheduler
         self.controller = policy.start()
@@ -235,6 +228,7 @@ class DecodeLoop:
             raise UserError("the KV cache is too small to hold one waiting request; raise num_pages")
         load = self._load(plan.decode)
         drafts: DraftBatch | None = None
+        accepted_path: IntArray | None = None
         num_prefill_tokens = 0
         if plan.prefill:
             num_prefill_tokens = sum(request.prefill_len for request in plan.prefill)
@@ -256,6 +250,7 @@ class DecodeLoop:
             policy_seconds = clock() - before
             outcome = self.executor.verify(requests, drafts, verify_lens)
             num_accepted, emitted, stopped = outcome.num_accepted, outcome.num_emitted, outcome.stopped
+            accepted_path = outcome.accepted_path
             self.controller.observe(load, verify_lens, num_accepted)
             spans = {**drafts.spans, "policy": policy_seconds, **outcome.spans}
             batch_tokens = len(requests) + int(verify_lens.sum())
@@ -296,7 +291,9 @@ class DecodeLoop:
                         num_accepted=num_accepted,
                         num_emitted=emitted,
                         draft_tokens=drafts.tokens,
-                        confidence=drafts.confidence,
+                        confidence=drafts.confidence if drafts.survival is None else drafts.survival,
+                        parents=drafts.parents,
+                        accepted_path=accepted_path,
                     )
                 )
         self._commit(requests, emitted, stopped, now + seconds)
@@ -366,12 +363,16 @@ def signal_of(source: Any, signal: Signal) -> FloatArray:
 def survival_of(drafts: DraftBatch, signal: Signal = "confidence") -> FloatArray:
     """Survival [R, γ] of drafted positions: cumulative product of a signal, 0 where nothing was drafted.
 
+    The nodes of trees have theirs already; a policy gets them so that they never rise.
+
     Raises
     ------
     UserError
         If the executor does not give the signal.
     """
-    values = signal_of(drafts, signal)
+    values = signal_of(drafts, signal) if drafts.survival is None else drafts.survival
     width = values.shape[1]
     drafted = np.arange(width) < drafts.draft_lens[:, None]
+    if drafts.survival is not None:
+        return never_rising(np.where(drafted, values, 0.0))
     return np.cumprod(np.where(drafted, values, 0.0), axis=1, dtype=np.float64)

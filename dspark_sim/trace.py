@@ -1,4 +1,4 @@
-"""The trace: what one run did, as four Parquet tables in one folder (schema version 1).
+"""The trace: what one run did, as four Parquet tables in one folder (schema version 2).
 
 ``requests`` has a row per request, ``steps`` a row per engine iteration, ``drafts`` a row per request and decode
 round, ``anchors`` a row per position of a recorded output (a block drafted there off the clock, so that any
@@ -27,12 +27,14 @@ import pyarrow.parquet as pq
 from dspark_sim.errors import UserError, explain_os_errors
 from dspark_sim.request import Request
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 knew chains only: what it lacks is null in a trace of chains.
+_READABLE = (1, SCHEMA_VERSION)
 Clock = Literal["wall", "virtual"]
 SPANS = ("prefill", "draft", "head", "policy", "verify", "accept", "host")
 
 _int, _float, _text = pa.int64(), pa.float64(), pa.string()
-_tokens, _floats = pa.list_(pa.int32()), pa.list_(pa.float32())
+_tokens, _floats, _nodes = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.int16())
 
 SCHEMAS: dict[str, pa.Schema] = {
     "requests": pa.schema(
@@ -54,16 +56,19 @@ SCHEMAS: dict[str, pa.Schema] = {
         {
             **dict.fromkeys(("step", "request_id", "position", "draft_len", "verify_len"), _int),
             **{"num_accepted": _int, "num_emitted": _int, "draft_tokens": _tokens, "confidence": _floats},
+            **{"parents": _nodes, "accepted_path": _nodes},
         }
     ),
     "anchors": pa.schema(
         {
             **{"request_id": _int, "position": _int, "draft_tokens": _tokens, "confidence": _floats},
             **{"accept_prob": _floats, "draft_prob": _floats, "num_accepted": _int},
-            **{"target_rank": _tokens, "node_rank": _tokens},
+            **{"target_rank": _tokens, "node_rank": _tokens, "node_survival": _floats, "first_at_depth": _tokens},
         }
     ),
 }
+
+_LATER = ("replica", "parents", "accepted_path", "node_survival", "first_at_depth")
 
 
 @dataclass(slots=True)
@@ -89,7 +94,11 @@ class StepRow:
 
 @dataclass(slots=True)
 class DraftRows:
-    """One decode round: arrays [R], and [R, γ] for the drafts (`draft_tokens` may be missing)."""
+    """One decode round: arrays [R], and [R, γ] for the drafts (`draft_tokens` may be missing).
+
+    In a round of trees the drafts are nodes, `confidence` is their survival, `parents` [R, n] may be missing, and
+    `accepted_path` [R, D] are the accepted nodes; chains have neither.
+    """
 
     step: int
     request_id: npt.NDArray[np.int64]
@@ -100,6 +109,8 @@ class DraftRows:
     num_emitted: npt.NDArray[np.int64]
     draft_tokens: npt.NDArray[np.int32] | None
     confidence: npt.NDArray[np.float64]
+    parents: npt.NDArray[np.int64] | None = None
+    accepted_path: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(eq=False)
@@ -213,10 +224,7 @@ class Trace:
                     raise UserError(f"{path} is truncated or not Parquet ({reason}); record it again") from error
             metadata = table.schema.metadata or {}
             _check_version(path, metadata)
-            if name == "steps" and "replica" not in table.schema.names:
-                # Written before there were replicas.
-                place = schema.get_field_index("replica")
-                table = table.add_column(place, schema.field(place), pa.array([0] * table.num_rows, pa.int64()))
+            table = _completed(name, table)
             if table.schema.names != schema.names:
                 strange = sorted(set(table.schema.names) ^ set(schema.names))
                 raise UserError(f"{path} has the wrong columns ({', '.join(strange)}); record it again")
@@ -312,6 +320,9 @@ class TraceRecorder:
             columns["draft_tokens"] = list_column(values, lens, pa.int32())
         else:
             columns["draft_tokens"] = pa.nulls(lens.size, schema.field("draft_tokens").type)
+        accepted = columns["num_accepted"]
+        columns["parents"] = _node_column([(rows.parents, rows.draft_len) for rows in rounds], lens)
+        columns["accepted_path"] = _node_column([(rows.accepted_path, rows.num_accepted) for rows in rounds], accepted)
         return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
@@ -319,6 +330,26 @@ def list_column(values: npt.NDArray[Any], lens: npt.NDArray[np.int64], value_typ
     """A list column from its concatenated values and the length of each row."""
     offsets = np.concatenate(([0], np.cumsum(lens))).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=value_type, from_pandas=False))
+
+
+def _node_column(
+    rounds: list[tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64]]], lens: npt.NDArray[np.int64]
+) -> pa.Array:
+    """Leading nodes of every row as lists; null if a round that has some does not say which."""
+    known = [(rows, counts) for rows, counts in rounds if rows is not None]
+    if not known or any(rows is None and counts.any() for rows, counts in rounds):
+        return pa.nulls(lens.size, _nodes)
+    return list_column(np.concatenate([_leading(rows, counts) for rows, counts in known]), lens, pa.int16())
+
+
+def _completed(name: str, table: pa.Table) -> pa.Table:
+    """A table of an earlier version with the columns that have come since: null, and one replica."""
+    schema = SCHEMAS[name]
+    for place, column in enumerate(schema):
+        if column.name in _LATER and column.name not in table.schema.names:
+            missing = pa.nulls(table.num_rows, column.type)
+            table = table.add_column(place, column, missing.fill_null(0) if column.name == "replica" else missing)
+    return table
 
 
 def _leading(rows: npt.NDArray[Any], lens: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -331,10 +362,10 @@ def _check_version(path: Path, metadata: dict[bytes, bytes]) -> None:
     version = metadata.get(b"dspark_sim.schema_version")
     if version is None:
         raise UserError(f"{path} was not written by dspark_sim; give a folder made by `dspark-sim record`")
-    if version != str(SCHEMA_VERSION).encode():
+    if version not in [str(readable).encode() for readable in _READABLE]:
         raise UserError(
             f"{path} has trace schema version {version.decode(errors='replace')} and this package reads "
-            f"{SCHEMA_VERSION}; record it again or install the matching release"
+            f"{' and '.join(map(str, _READABLE))}; record it again or install the matching release"
         )
 
 

@@ -27,6 +27,8 @@ EXACTNESS = "tests/test_exactness.py::"
 VERIFY = "tests/test_verify.py::"
 LOOP = EXACTNESS + "test_the_loop_has_the_law_of_the_target"
 RULES = EXACTNESS + "test_the_engines_rules_draw_the_enumerated_outcomes"
+LIVE = "tests/test_tree_engine.py::"
+ROWS = "tests/test_tree_rows.py::test_a_node_is_the_end_of_the_chain_through_its_ancestors"
 OUTCOMES = EXACTNESS + "test_enumerated_outcomes_are_the_rules"
 
 
@@ -167,6 +169,78 @@ MUTATIONS = (
         "list(draft_tokens) if rejected else list(draft_tokens[:verify_len])",
         "list(draft_tokens)",
         (EXACTNESS + "test_a_recording_in_rejection_mode_replays_another_policy",),
+    ),
+    Mutation(
+        "tree-law",
+        "a rejected child stays in the drafter's law",
+        "tree_accept.py",
+        "q_rest[rows, tokens] = 0.0",
+        "q_rest[rows, tokens] = q[rows, tokens]",
+        ("tests/test_tree_laws.py::test_one_more_node_changes_nothing_on_average",),
+    ),
+    Mutation(
+        "tree-walk",
+        "the walk down a tree takes a child that was not verified",
+        "tree_accept.py",
+        "matches = verified & (tree.parents == here[:, None]) &",
+        "matches = (tree.parents == here[:, None]) &",
+        ("tests/test_tree.py::test_the_walk_down_and_the_places_of_the_output",),
+    ),
+    Mutation(
+        "tree-told",
+        "the survival of a node is raised by what stands behind it",
+        "tree.py",
+        "np.minimum.accumulate(survival, axis=-1)",
+        "np.maximum.accumulate(survival[..., ::-1], axis=-1)[..., ::-1]",
+        ("tests/test_tree.py::test_what_a_policy_sees_never_rises_and_looks_back_only",),
+    ),
+    Mutation(
+        "tree-mask",
+        "a node sees nodes of its tree that are not above it",
+        "engine/attention.py",
+        "np.where(real, parents[:, node] + 1, 0)",
+        "np.where(real, node, 0)",
+        (ROWS, LIVE + "test_the_output_is_that_of_plain_decoding"),
+    ),
+    Mutation(
+        "tree-position",
+        "a node's position is its place in the cache",
+        "engine/attention.py",
+        "self.places if self.tree is None else index_tensor[3]",
+        "self.places",
+        (ROWS,),
+    ),
+    Mutation(
+        "tree-compaction",
+        "the accepted path stays where it was",
+        "engine/kv_cache.py",
+        "if not row.size:",
+        "if row.size:",
+        (ROWS, LIVE + "test_the_output_is_that_of_plain_decoding"),
+    ),
+    Mutation(
+        "tree-features",
+        "the drafter is told what the target knew at other nodes",
+        "engine/executor.py",
+        "rows[:, 1:] = 1 + path[:, : rows.shape[1] - 1]",
+        "pass",
+        (LIVE + "test_a_recording_replays_as_it_was_and_at_other_policies",),
+    ),
+    Mutation(
+        "tree-draws",
+        "the survival of a drawn node looks at its token",
+        "engine/drafters/candidates.py",
+        "law.topk(num, dim=-1).values.double()",
+        "law.gather(-1, index).double()",
+        (LIVE + "test_the_survival_of_a_drawn_node_does_not_look_at_it",),
+    ),
+    Mutation(
+        "tree-places",
+        "a replay accepts the node behind the last one that was verified",
+        "simulate/tree_replay.py",
+        "< verify_lens[:, None]).sum",
+        "<= verify_lens[:, None]).sum",
+        ("tests/test_tree_replay.py::test_a_replay_has_the_rounds_of_a_live_run_of_that_shape",),
     ),
 )
 

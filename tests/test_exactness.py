@@ -22,13 +22,14 @@ torch = pytest.importorskip("torch")
 from dspark_sim import loop  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
 from dspark_sim.engine import anchors as dense_pass  # noqa: E402
-from dspark_sim.engine.anchors import RecordedOutput, dense_anchors  # noqa: E402
+from dspark_sim.engine.anchors import dense_anchors  # noqa: E402
 from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks  # noqa: E402
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter  # noqa: E402
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule  # noqa: E402
 from dspark_sim.engine.drafters.dense import dense_hidden, dense_target  # noqa: E402
 from dspark_sim.engine.drafters.heads import run_head  # noqa: E402
 from dspark_sim.engine.drafters.walk import BlockWalk  # noqa: E402
+from dspark_sim.engine.recorded import RecordedOutput  # noqa: E402
 from dspark_sim.engine.sampling import (  # noqa: E402
     SamplingParams,
     draw,

@@ -21,6 +21,7 @@ class ScriptedExecutor:
     block_size: int = 4
     has_confidence: bool = True
     mode: str = "greedy"
+    tree: None = None
     with_draft_prob: bool = False
     now: float = 100.0
     calls: list[str] = field(default_factory=list)

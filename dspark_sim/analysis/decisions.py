@@ -27,10 +27,12 @@ import pyarrow.compute as pc
 
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
+from dspark_sim.loop import DraftBatch, survival_of
 from dspark_sim.policy import Controller, FloatArray, IntArray, LoadView, Signal
 from dspark_sim.policy_ranked import seen_survival
 from dspark_sim.policy_zoo import Policy, policy_from_parameters
 from dspark_sim.trace import Trace
+from dspark_sim.tree_shapes import recorded_shape
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def decisions(
     policy = policy_of(trace, cost)
     if "block_size" not in trace.config:
         raise UserError("the trace does not say its block size; record or simulate it with this version")
-    block_size = int(trace.config["block_size"])
+    shape = recorded_shape(trace.config)
+    block_size = int(trace.config["block_size"]) if shape is None else shape.num_nodes
     table = trace.tables["drafts"]
     if last is not None:
         table = table.filter(pc.less_equal(table["step"], last))
@@ -181,7 +184,8 @@ def decisions(
         state = _state(controller)
         chosen_draft_len = min(controller.draft_len(load), block_size)
         draft_len, draft_lens = row["draft_len"], columns["draft_len"][rows]
-        survival = survivals(signal[rows, :draft_len], draft_lens)
+        values = signal[rows, :draft_len]
+        survival = survival_of(DraftBatch(draft_lens, values, survival=None if shape is None else values))
         seen = seen_survival(controller, load, survival)
         chosen = np.minimum(controller.verify_lens(load, survival), draft_lens)
         verify_lens, num_accepted = columns["verify_len"][rows], columns["num_accepted"][rows]
@@ -256,6 +260,8 @@ def _cause(trace: Trace, decision: Decision, cost: CostModel | None) -> str:
 def signal_values(trace: Trace, signal: Signal, recording: Trace | None, table: pa.Table) -> FloatArray:
     """The signal of every row of `drafts`, [rows, γ]; NaN past what was drafted.
 
+    Where drafts are trees it is the survival of their nodes, whatever the signal.
+
     Parameters
     ----------
     trace, signal, recording
@@ -268,8 +274,9 @@ def signal_values(trace: Trace, signal: Signal, recording: Trace | None, table: 
     UserError
         If the signal is not recorded, or `recording` is another run's.
     """
-    width = int(trace.config.get("block_size") or 0)
-    if signal == "confidence":
+    shape = recorded_shape(trace.config)
+    width = int(trace.config.get("block_size") or 0) if shape is None else shape.num_nodes
+    if signal == "confidence" or shape is not None:
         return _matrix(table["confidence"], width)
     anchors = trace if recording is None else recording
     column = anchors.tables["anchors"][signal]
@@ -279,12 +286,6 @@ def signal_values(trace: Trace, signal: Signal, recording: Trace | None, table: 
         )
     found = _matching_anchors(trace, anchors, table)
     return _matrix(column, width)[found]
-
-
-def survivals(values: FloatArray, draft_lens: IntArray) -> FloatArray:
-    """Cumulative products [R, γ] of a signal, 0 where nothing was drafted (as `loop.survival_of`)."""
-    drafted = np.arange(values.shape[1]) < draft_lens[:, None]
-    return np.cumprod(np.where(drafted, values, 0.0), axis=1, dtype=np.float64)
 
 
 def reaction(trace: Trace, num_smoothed: int = 15) -> pd.DataFrame:

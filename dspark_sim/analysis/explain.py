@@ -20,15 +20,16 @@ from dspark_sim.analysis.decisions import (
     decisions,
     policy_of,
     signal_values,
-    survivals,
     verdict,
 )
 from dspark_sim.analysis.tables import aligned, plain
 from dspark_sim.cost import CostModel
 from dspark_sim.errors import UserError
+from dspark_sim.loop import DraftBatch, survival_of
 from dspark_sim.policy import FloatArray, IntArray, PrefixScheduler, never_falling, ranked, round_seconds
 from dspark_sim.policy_ranked import LaggedPrefixScheduler, admit_best
 from dspark_sim.trace import Trace
+from dspark_sim.tree_shapes import recorded_shape
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,13 @@ def explain(trace: Trace, step: int, *, cost: CostModel | None = None, recording
     Raises
     ------
     UserError
-        If the trace has no such iteration, it is a prefill, or as `decisions.decisions`.
+        If the trace has no such iteration, it is a prefill, its drafts are trees, or as `decisions.decisions`.
     """
+    if (shape := recorded_shape(trace.config)) is not None:
+        raise UserError(
+            f"the run drafted trees of shape {shape.label()} and explain shows drafts of chains; decisions and "
+            "check_decisions go through both"
+        )
     steps = trace.steps
     known_steps = steps["step"].to_numpy()
     if step not in known_steps:
@@ -165,7 +171,7 @@ def explain(trace: Trace, step: int, *, cost: CostModel | None = None, recording
     seconds = None if cost is None else round_seconds(cost, decision.load, *decision.survival.shape)
     oracle = None
     if accept_prob is not None and seconds is not None:
-        true = survivals(accept_prob, decision.draft_lens)
+        true = survival_of(DraftBatch(decision.draft_lens, accept_prob))
         oracle = admit_best(true, seconds)
     curve = _curve(decision, seconds, policy, notes)
     candidates = _candidates(trace, decision, seconds, accept_prob)

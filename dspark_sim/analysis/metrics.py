@@ -24,6 +24,7 @@ import pandas as pd
 
 from dspark_sim.errors import UserError
 from dspark_sim.trace import Trace
+from dspark_sim.tree_shapes import recorded_shape
 
 FloatArray = npt.NDArray[np.float64]
 _COUNTS = {"draft_len": "num_drafted", "verify_len": "num_verified", "num_accepted": "num_accepted"}
@@ -176,8 +177,14 @@ def conditional_acceptance(trace: Trace, source: Literal["drafts", "anchors"] = 
     Raises
     ------
     UserError
-        If anchors are asked for and the trace has none.
+        If anchors are asked for and the trace has none, or the rounds are of trees: how deep those that were verified
+        reach is not in them. Anchors have the chain of the likeliest candidates.
     """
+    if source == "drafts" and (shape := recorded_shape(trace.config)) is not None:
+        raise UserError(
+            f"the rounds are of trees of shape {shape.label()}, and how deep their verified nodes reach is not in "
+            "them; use source='anchors'"
+        )
     if source == "anchors":
         if trace.anchors.empty:
             raise UserError("the trace has no anchors; make the dense pass, or use source='drafts'")

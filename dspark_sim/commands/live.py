@@ -26,6 +26,14 @@ class Record:
     prompts: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
     policy: tyro.conf.OmitArgPrefixes[PolicyOptions] = PolicyOptions()
     load: tyro.conf.OmitArgPrefixes[LoadOptions] = LoadOptions()
+    tree: str = "chain"
+    """Shape of the drafts. A policy then chooses how many nodes are verified (--verify-len counts nodes).
+    chain: one token after the other, as deep as the drafter proposes; chain:DEPTH for fewer.
+    width:WIDTH,DEPTH: so many candidates below every node.
+    best-first:BUDGET: the likeliest nodes, the candidates of a depth the same below every node.
+    markov:BUDGET: as best-first, but the sequential head says anew what follows each node.
+    dynamic:TOP_K,DEPTH,BUDGET: grown by a beam of TOP_K, then the likeliest nodes (EAGLE-2).
+    sequoia:BUDGET: the best fixed tree for assumed rates by rank, or those given as sequoia:BUDGET@RATE/RATE/..."""
     max_tokens: int = 64
     """Most output tokens per request."""
     mode: Mode = "greedy"
@@ -44,7 +52,8 @@ class Record:
     allow_biased: bool = False
     """Also run argmax and tetris under mode rejection or block, where they change the output: a negative control."""
     anchors: bool = True
-    """Make the dense pass that replay needs (with a drafter; not after mode block or a biased run)."""
+    """Make the dense pass that replay needs (with a drafter; not after mode block, trees under rejection, or a biased
+    run)."""
     json: Path | None = None
     """Also write the printed table as JSON rows here."""
 
@@ -57,7 +66,7 @@ class Record:
         engine = self.model.load(self.load.concurrency if isinstance(workload, ClosedLoop) else 16)
         trace = record(
             self.prompts.load(),
-            policy=self.policy.load(engine.block_size),
+            policy=self.policy.load(engine.num_drafts(self.tree)),
             workload=workload,
             max_tokens=self.max_tokens,
             mode=self.mode,
@@ -70,6 +79,7 @@ class Record:
             anchors=self.anchors,
             out=self.out,
             engine=engine,
+            tree=self.tree,
         )
         print_summary(trace, self.json)
         print(f"Wrote the trace to {self.out}.")

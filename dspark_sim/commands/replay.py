@@ -39,6 +39,9 @@ class Simulate:
     policy: tyro.conf.OmitArgPrefixes[PolicyChoice] = field(default_factory=lambda: PolicyChoice("prefix"))
     block_size: int | None = None
     """At most the recorded one."""
+    tree: str | None = None
+    """Shape of the drafts, of the recorded kind: chain, width:WIDTH,DEPTH, best-first:BUDGET, markov:BUDGET,
+    dynamic:TOP_K,DEPTH,BUDGET or sequoia:BUDGET; default: as recorded."""
     num_requests: int | None = None
     """Requests to serve; the recorded prompts are repeated. A law needs the number."""
     load: tyro.conf.OmitArgPrefixes[LoadOptions] = LoadOptions()
@@ -57,7 +60,7 @@ class Simulate:
 
     def run(self) -> None:
         """Run it."""
-        from dspark_sim.api import simulate
+        from dspark_sim.api import most_drafted, simulate
         from dspark_sim.cost import CostModel
         from dspark_sim.mixes import parse_mix
         from dspark_sim.trace import Trace, refuse_foreign
@@ -65,18 +68,13 @@ class Simulate:
         if self.out is not None:
             refuse_foreign(self.out)
         cost = CostModel.read(self.cost)
-        recording: Trace | SyntheticAcceptance
-        if str(self.trace).startswith(_PRESET):
-            recording = _preset(str(self.trace))
-            recorded = recording.block_size
-        else:
-            recording = Trace.read(self.trace)
-            recorded = int(recording.config.get("block_size", 0))
-        block_size = recorded if self.block_size is None else self.block_size
+        named = str(self.trace)
+        recording = _preset(named) if named.startswith(_PRESET) else Trace.read(self.trace)
+        drafted = most_drafted(recording, self.block_size, self.tree) or 0
         workload = self.load.load()
         trace = simulate(
             recording,
-            policy=self.policy.make(block_size, cost),
+            policy=self.policy.make(drafted, cost),
             cost=cost,
             workload=workload,
             scheduler=self.server.config(workload),
@@ -84,6 +82,7 @@ class Simulate:
             router=self.server.router,
             load_lag=self.server.load_lag,
             block_size=self.block_size,
+            tree=self.tree,
             num_requests=self.num_requests,
             allow_biased=self.allow_biased,
             noise_seed=self.noise_seed,

@@ -25,22 +25,26 @@ import torch
 from tqdm import tqdm
 
 from dspark_sim.engine.conditional import Known, OutputPath, conditional_blocks
+from dspark_sim.engine.dense_trees import dense_trees, target_rank
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
+from dspark_sim.engine.drafters.candidates import CandidateRule
 from dspark_sim.engine.drafters.chain import RaggedChainDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.drafters.dense import dense_target, dense_walks
 from dspark_sim.engine.drafters.heads import run_head
-from dspark_sim.engine.drafters.network import DraftNetwork
 from dspark_sim.engine.drafters.ngram import NgramDrafter
 from dspark_sim.engine.models import Target
+from dspark_sim.engine.recorded import RecordedOutput
 from dspark_sim.engine.sampling import probabilities
 from dspark_sim.errors import UserError
 from dspark_sim.trace import SCHEMAS, list_column
+from dspark_sim.tree_shapes import TreeShape
 
 _ANCHORS_PER_PASS = 64
 _TOKENS_PER_PASS = 1024
 _LOGITS_PER_PASS = 2**24
+_OF_TREES = ("node_rank", "node_survival", "first_at_depth")
 IntArray = npt.NDArray[np.int64]
 
 
@@ -58,6 +62,8 @@ class DenseBlocks:
         [M, γ], P(accept k | output and drafter before k), on the output's path.
     confidence, draft_prob, target_rank
         [M, γ] each, or ``None``.
+    node_rank, num_nodes, node_survival, first_at_depth
+        As in `DenseTrees`, or ``None`` where only chains are drafted.
     """
 
     tokens: IntArray
@@ -67,31 +73,10 @@ class DenseBlocks:
     confidence: npt.NDArray[np.float32] | None = None
     draft_prob: npt.NDArray[np.float64] | None = None
     target_rank: IntArray | None = None
-
-
-@dataclass(slots=True)
-class RecordedOutput:
-    """One request's tokens, and the rounds that the live run made of it by the position of their anchors."""
-
-    request_id: int
-    prompt: list[int]
-    output: list[int]
-    rounds: dict[int, Known]
-
-    @property
-    def num_tokens(self) -> int:
-        """Of prompt and output."""
-        return len(self.prompt) + len(self.output)
-
-    @property
-    def num_anchors(self) -> int:
-        """Positions of the output but the last."""
-        return len(self.output) - 1
-
-    @property
-    def anchors(self) -> IntArray:
-        """Their positions."""
-        return len(self.prompt) + np.arange(self.num_anchors)
+    node_rank: IntArray | None = None
+    num_nodes: IntArray | None = None
+    node_survival: npt.NDArray[np.float64] | None = None
+    first_at_depth: IntArray | None = None
 
 
 def dense_anchors(
@@ -99,6 +84,7 @@ def dense_anchors(
     drafter: Drafter,
     recorded: Sequence[RecordedOutput],
     rule: DraftRule,
+    tree: TreeShape | None = None,
     *,
     progress: bool = False,
 ) -> pa.Table:
@@ -112,6 +98,8 @@ def dense_anchors(
         Every request.
     rule
         The run's acceptance mode and sampling.
+    tree
+        Shape of the trees to grow beside the chains, fitted to the drafter; ``None`` or a chain grows none.
     progress
         Show a bar.
 
@@ -131,13 +119,20 @@ def dense_anchors(
             "block verification cannot be replayed from anchors: what it accepts depends on how much is verified; "
             "record with mode rejection, which has the same output law"
         )
+    if tree is not None and tree.num_candidates == 1:
+        tree = None
+    if tree is not None and rule.mode == "rejection":
+        raise UserError(
+            f"tree {tree.label()} cannot be replayed from anchors under rejection: which children are accepted depends "
+            "on how many are verified; record with mode coupled or target_match, or make the anchors with tree chain"
+        )
     usable = [request for request in recorded if len(request.output) > 1]
     if not usable:
         return SCHEMAS["anchors"].empty_table()
     found: dict[int, DenseBlocks] = {}
     with tqdm(total=len(usable), unit="request", desc="anchors", disable=not progress, leave=False) as bar:
         for group in _groups(usable):
-            for request, blocks in zip(group, _group_blocks(target, drafter, group, rule), strict=True):
+            for request, blocks in zip(group, _group_blocks(target, drafter, group, rule, tree), strict=True):
                 found[request.request_id] = blocks
             bar.update(len(group))
     columns = {
@@ -168,9 +163,11 @@ def _table(columns: dict[str, list[np.ndarray]], parts: list[DenseBlocks], gamma
         field = schema.field(name).type
         if any(array is None for array in arrays):
             return pa.nulls(len(lens), field)
-        return list_column(
-            np.concatenate(arrays)[kept].astype(field.value_type.to_pandas_dtype()), lens, field.value_type
-        )
+        values, sizes, chosen = np.concatenate(arrays), lens, kept
+        if name == "node_survival":
+            sizes = np.concatenate([blocks.num_nodes for blocks in parts])
+            chosen = np.arange(values.shape[1]) < sizes[:, None]
+        return list_column(values[chosen].astype(field.value_type.to_pandas_dtype()), sizes, field.value_type)
 
     data = {
         **{name: pa.array(np.concatenate(arrays)) for name, arrays in columns.items()},
@@ -178,15 +175,14 @@ def _table(columns: dict[str, list[np.ndarray]], parts: list[DenseBlocks], gamma
         "draft_tokens": list_column(
             np.concatenate([blocks.tokens for blocks in parts])[kept].astype(np.int32), lens, pa.int32()
         ),
-        **{name: lists(name) for name in ("confidence", "accept_prob", "draft_prob", "target_rank")},
-        "node_rank": pa.nulls(len(lens), schema.field("node_rank").type),
+        **{name: lists(name) for name in ("confidence", "accept_prob", "draft_prob", "target_rank", *_OF_TREES)},
     }
     return pa.table([data[name] for name in schema.names], schema=schema)
 
 
 @torch.inference_mode()
 def _group_blocks(
-    target: Target, drafter: Drafter, group: Sequence[RecordedOutput], rule: DraftRule
+    target: Target, drafter: Drafter, group: Sequence[RecordedOutput], rule: DraftRule, tree: TreeShape | None
 ) -> Iterator[DenseBlocks]:
     # Only these modes look at the target's probabilities; the output says the rest.
     judged = rule.mode in ("rejection", "target_match")
@@ -198,7 +194,7 @@ def _group_blocks(
         states = _target_pass(target, group, drafter.feature_layers, judged)
     for request, state in zip(group, states, strict=True):
         if isinstance(drafter, RaggedBlockDrafter | RaggedChainDrafter):
-            yield _network_blocks(drafter, request, state, rule, target.device)
+            yield _network_blocks(drafter, request, state, rule, tree, target.device)
         else:
             assert isinstance(drafter, NgramDrafter)
             yield _ngram_blocks(drafter, request, state, rule)
@@ -265,6 +261,7 @@ def _network_blocks(
     request: RecordedOutput,
     state: _States,
     rule: DraftRule,
+    tree: TreeShape | None,
     device: torch.device,
 ) -> DenseBlocks:
     network, gamma, anchors = drafter.network, drafter.block_size, request.anchors
@@ -317,8 +314,15 @@ def _network_blocks(
                 accept_prob = here[rows, head.tokens].double().cpu().numpy()
             confidence = None if head.confidence is None else head.confidence.cpu().numpy()
             draft_prob = None if head.draft_prob is None else head.draft_prob.double().cpu().numpy()
-        rank = _target_rank(network, path)
-        parts.append(DenseBlocks(drafts, lens, num_accepted, accept_prob, confidence, draft_prob, rank))
+        num = 1 if tree is None else tree.num_candidates
+        candidates = CandidateRule(rule, ids, chosen, network.draft_token_ids, num)
+        rank = target_rank(network, path, candidates)
+        blocks = DenseBlocks(drafts, lens, num_accepted, accept_prob, confidence, draft_prob, rank)
+        if tree is not None:
+            grown = dense_trees(network, drafter.confidence, start, sequence[places], wanted, tree, candidates)
+            blocks.node_rank, blocks.num_nodes = grown.node_rank, grown.num_nodes
+            blocks.node_survival, blocks.first_at_depth = grown.node_survival, grown.first_at_depth
+        parts.append(blocks)
     return DenseBlocks(*(_joined([getattr(part, name) for part in parts]) for name in DenseBlocks.__slots__))
 
 
@@ -327,14 +331,6 @@ def _joined(arrays: list[npt.NDArray | None]) -> Any:
     return np.concatenate(known) if known else None
 
 
-def _target_rank(network: DraftNetwork, path: OutputPath) -> IntArray:
-    """Rank of the output's token among the candidates at each depth, along the output's own path, [M, γ].
-
-    Tokens outside the draft vocabulary, and depths past the output's end, rank behind every candidate.
-    """
-    worst = network.config.head_size
-    index = network.target_to_draft[path.truth.clamp(min=0)].masked_fill(path.truth < 0, worst)
-    score = path.said.logits.gather(-1, index.clamp(max=worst - 1)[..., None])
-    rank = (path.said.logits > score).float().sum(dim=-1).long()  # exact, and ten times faster than a sum of booleans
-    ranks: IntArray = rank.masked_fill(index == worst, worst).cpu().numpy()
-    return ranks
+def num_ranked(drafter: Drafter) -> int | None:
+    """Candidates that `target_rank` tells apart: all that a network knows; ``None`` where nothing is ranked."""
+    return drafter.network.config.head_size if isinstance(drafter, RaggedBlockDrafter | RaggedChainDrafter) else None

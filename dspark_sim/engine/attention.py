@@ -10,6 +10,10 @@ axis, [R, H, Q, D] → [R, H/G, G·Q, D].
 Layers with a sliding window of w see, from position p, only positions above p - w; the mask is made once per window
 size and pass. Where a family soft-caps attention scores (Gemma 2: c·tanh(s/c)), they are computed one operation after
 the other, since no fused kernel does it.
+
+The nodes of a drafted tree stand one behind the other in the cache, whatever their depth. Such a row has a *place* in
+the cache and a *position*, its depth behind the tree's root, for the rotary embedding and the windows; and of its tree
+it sees its own ancestors alone (`TreeRows`). A chain's rows need none of that.
 """
 
 from __future__ import annotations
@@ -18,12 +22,57 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from dspark_sim.engine.kv_cache import SlotCache
 
 ATTENTION_NAME = "dspark_ragged"
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TreeRows:
+    """Trees in the cache: every request's root at `starts`, its nodes at the places behind.
+
+    Parameters
+    ----------
+    starts
+        [R], place and position of each root. Every row of the request sees all keys before it.
+    depths
+        [R, W], depth of what stands at place starts + w; 0 for the root.
+    sees
+        [R, Q, W], whether the pass's new row sees place starts + w: its ancestors and itself.
+    """
+
+    starts: IntArray
+    depths: IntArray
+    sees: npt.NDArray[np.bool_]
+
+    @staticmethod
+    def of(starts: IntArray, parents: IntArray, depths: IntArray, lens: IntArray) -> TreeRows:
+        """Rows of a pass over whole trees: each request's root, then its first `lens` nodes.
+
+        Parameters
+        ----------
+        starts
+            [R], as above.
+        parents, depths
+            [R, n], of nodes in an order that has parents before children; -1 is the root.
+        lens
+            [R], nodes of each request.
+        """
+        width = int(lens.max(initial=0))
+        requests = np.arange(len(lens))
+        sees = np.zeros((len(lens), 1 + width, 1 + width), dtype=np.bool_)
+        sees[:, 0, 0] = True
+        for node in range(width):
+            real = node < lens
+            sees[:, 1 + node] = sees[requests, np.where(real, parents[:, node] + 1, 0)]
+            sees[:, 1 + node, 1 + node] = real
+        below = np.where(np.arange(width) < lens[:, None], depths[:, :width], 0)
+        return TreeRows(starts, np.concatenate((np.zeros((len(lens), 1), dtype=np.int64), below), axis=1), sees)
 
 
 @dataclass(eq=False)
@@ -37,13 +86,21 @@ class RaggedBatch:
     slots
         Slot of each request, [R].
     starts
-        Absolute position of each request's first new token, [R].
+        Place in the cache of each request's first new token, [R]; also its absolute position, unless `tree` says
+        another.
     lens
         New tokens of each request, [R], each at least 1.
     causal
         Whether a new token sees only new tokens up to itself (target) or all of its request's (draft block).
     device
         Where index tensors live.
+    tree
+        The trees that the new tokens are nodes of; ``None`` where all are chains.
+
+    Attributes
+    ----------
+    positions, places
+        [B], of every row: its absolute position, and where its keys and values go.
     """
 
     cache: SlotCache
@@ -52,7 +109,9 @@ class RaggedBatch:
     lens: np.ndarray
     device: torch.device
     causal: bool = True
+    tree: TreeRows | None = None
     positions: torch.Tensor = field(init=False)
+    places: torch.Tensor = field(init=False)
     row_slots: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,10 +121,13 @@ class RaggedBatch:
         self.total_len = min(rounded, self.cache.max_len)
         request_of_row = np.repeat(np.arange(num_requests), self.lens)
         column = np.arange(len(request_of_row)) - np.repeat(np.cumsum(self.lens) - self.lens, self.lens)
-        positions = self.starts[request_of_row] + column
-        index = np.stack([positions, self.slots[request_of_row], request_of_row * self.max_query + column])
-        index_tensor = torch.from_numpy(index).to(self.device)
-        self.positions, self.row_slots, padded_row = index_tensor[0], index_tensor[1], index_tensor[2]
+        places = self.starts[request_of_row] + column
+        index = [places, self.slots[request_of_row], request_of_row * self.max_query + column]
+        if self.tree is not None:
+            index.append(self._positions(request_of_row, column))
+        index_tensor = torch.from_numpy(np.stack(index)).to(self.device)
+        self.places, self.row_slots, padded_row = index_tensor[0], index_tensor[1], index_tensor[2]
+        self.positions = self.places if self.tree is None else index_tensor[3]
         self.padded_row = None if (self.lens == self.max_query).all() else padded_row
         lowest = int(self.slots[0])
         neighbours = np.array_equal(self.slots, np.arange(lowest, lowest + num_requests))
@@ -75,7 +137,9 @@ class RaggedBatch:
         self._masks: dict[int | None, torch.Tensor] = {}
         self._longest = longest
         self._needs_mask = bool(
-            (self.causal and self.max_query > 1) or (self.starts + self.lens).min() < self.total_len
+            self.tree is not None
+            or (self.causal and self.max_query > 1)
+            or (self.starts + self.lens).min() < self.total_len
         )
 
     @property
@@ -100,17 +164,51 @@ class RaggedBatch:
         if window is None and not self._needs_mask:
             return None
         if window not in self._masks:
-            column = np.minimum(np.arange(self.max_query), self.lens[:, None] - 1)
-            own = self.starts[:, None] + column
-            seen = own + 1 if self.causal else (self.starts + self.lens)[:, None] + 0 * column
-            key = np.arange(self.total_len)
-            allowed = key < seen[:, :, None]
-            if window is not None:
-                allowed &= key > own[:, :, None] - window
+            allowed = self._allowed(window) if self.tree is None else self._allowed_in_trees(self.tree, window)
             values = np.where(allowed, 0.0, -np.inf).astype(np.float32)
             mask = torch.from_numpy(values).to(self.device, dtype)
             self._masks[window] = mask[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
         return self._masks[window]
+
+    def _columns(self) -> IntArray:
+        """Number of the new token that each query [R, Q] stands for; what pads repeats the last."""
+        columns: IntArray = np.minimum(np.arange(self.max_query), self.lens[:, None] - 1)
+        return columns
+
+    def _allowed(self, window: int | None) -> npt.NDArray[np.bool_]:
+        """Whether a query sees a key, [R, Q, total_len]."""
+        column = self._columns()
+        own = self.starts[:, None] + column
+        seen = own + 1 if self.causal else (self.starts + self.lens)[:, None] + 0 * column
+        key = np.arange(self.total_len)
+        allowed: npt.NDArray[np.bool_] = key < seen[:, :, None]
+        if window is not None:
+            allowed &= key > own[:, :, None] - window
+        return allowed
+
+    def _allowed_in_trees(self, tree: TreeRows, window: int | None) -> npt.NDArray[np.bool_]:
+        """The same where rows are nodes of trees."""
+        requests, column = np.arange(self.num_requests)[:, None], self._columns()
+        key = np.arange(self.total_len)
+        allowed: npt.NDArray[np.bool_] = np.broadcast_to(
+            key < tree.starts[:, None, None], (self.num_requests, self.max_query, self.total_len)
+        ).copy()
+        place = tree.starts[:, None] + np.arange(tree.depths.shape[1])
+        row, node = np.nonzero(place < self.total_len)
+        allowed[row, :, place[row, node]] = tree.sees[requests, column][row, :, node]
+        if window is not None:
+            key_position = np.broadcast_to(key, (self.num_requests, self.total_len)).copy()
+            key_position[row, place[row, node]] = (tree.starts[:, None] + tree.depths)[row, node]
+            own = self._positions(requests, column)
+            allowed &= key_position[:, None] > own[:, :, None] - window
+        return allowed
+
+    def _positions(self, request: IntArray, column: IntArray) -> IntArray:
+        """Absolute positions of new tokens by request and number."""
+        assert self.tree is not None
+        node = (self.starts - self.tree.starts)[request] + column
+        positions: IntArray = self.tree.starts[request] + self.tree.depths[request, node]
+        return positions
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] to [R, Q, ...]; missing rows are zero."""
@@ -162,7 +260,7 @@ def attend(
     tensor
         [B, H, D].
     """
-    batch.cache.write(layer, batch.row_slots, batch.positions, keys, values)
+    batch.cache.write(layer, batch.row_slots, batch.places, keys, values)
     all_keys, all_values = batch.cache.read(layer, batch.read_slots, batch.total_len)
     num_heads, head_dim = queries.shape[1:]
     num_kv_heads = keys.shape[1]

@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sim.engine.attention import RaggedBatch
-from dspark_sim.engine.drafters import Drafted, Drafter, SequenceState
+from dspark_sim.engine.attention import RaggedBatch, TreeRows
+from dspark_sim.engine.drafters import Drafted, Drafter, SequenceState, TreeDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.kv_cache import SlotCache, SlotPool
 from dspark_sim.engine.models import Target
 from dspark_sim.engine.sampling import SamplingParams, draw, keyed_exponential, keyed_uniform, probabilities, race
 from dspark_sim.engine.timing import SpanTimer
+from dspark_sim.engine.tree_round import accept_matching_paths, accept_sampled_paths, require_drawn_in_order, tree_rows
 from dspark_sim.engine.verify import (
     MATCHING_MODES,
     SampledRound,
@@ -31,6 +32,8 @@ from dspark_sim.engine.verify import (
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DraftBatch, Mode, Prefilled, Verification
 from dspark_sim.request import Request
+from dspark_sim.tree_accept import AcceptedPaths
+from dspark_sim.tree_shapes import TreeShape
 
 IntArray = npt.NDArray[np.int64]
 
@@ -54,6 +57,9 @@ class TorchExecutor:
         Sampling of target and drafter.
     with_draft_prob
         Whether the drafter's probability of its tokens is handed to the policy.
+    tree
+        Shape of the drafts, fitted to the drafter; a shape that does not branch is the chain of its depth, and
+        ``None`` that of the whole block.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class TorchExecutor:
         params: SamplingParams | None = None,
         *,
         with_draft_prob: bool = False,
+        tree: TreeShape | None = None,
     ) -> None:
         self.params = params or SamplingParams()
         if (mode == "greedy") != (self.params.temperature == 0):
@@ -82,16 +89,26 @@ class TorchExecutor:
         self._timer = SpanTimer(target.device)
         self._eos = target.eos_token_ids
         self._layers = drafter.feature_layers if drafter is not None else ()
+        self._shape = tree
+        if tree is not None and mode == "rejection":
+            require_drawn_in_order(tree)
 
     @property
     def block_size(self) -> int:
-        """The drafter's γ; 0 without one."""
+        """The drafter's γ, or the most nodes of a tree; 0 without a drafter."""
+        if self._shape is not None:
+            return self._shape.num_nodes
         return self.drafter.block_size if self.drafter is not None else 0
 
     @property
+    def tree(self) -> TreeShape | None:
+        """Shape of the drafts; ``None`` for chains."""
+        return None if self._shape is None or self._shape.num_candidates == 1 else self._shape
+
+    @property
     def has_confidence(self) -> bool:
-        """Whether the drafter estimates acceptance."""
-        return self.drafter is not None and self.drafter.has_confidence
+        """Whether the drafter estimates acceptance; of a tree's nodes it always does."""
+        return self.drafter is not None and (self.tree is not None or self.drafter.has_confidence)
 
     def clock(self) -> float:
         """Wall seconds."""
@@ -119,11 +136,13 @@ class TorchExecutor:
         return Prefilled(stopped, self._timer.collect())
 
     def draft(self, requests: Sequence[Request], draft_len: int) -> DraftBatch:
-        """Ask the drafter; never for more than the remaining length - 1."""
+        """Ask the drafter; never for tokens deeper than the remaining length - 1."""
         if self.drafter is None:
             return DraftBatch.empty(len(requests))
         states = [self._states[request.request_id] for request in requests]
         limits = np.array([request.remaining - 1 for request in requests])
+        if self.tree is not None:
+            return self._draft_trees(states, draft_len, limits, self.tree)
         drafted = self.drafter.draft(states, draft_len, limits, self.rule, self._timer)
         confidence = np.ones(drafted.tokens.shape) if drafted.confidence is None else drafted.confidence
         return DraftBatch(
@@ -133,6 +152,23 @@ class TorchExecutor:
             drafted.tokens.astype(np.int32),
             draft_prob=drafted.draft_prob,
             handle=drafted,
+        )
+
+    def _draft_trees(
+        self, states: list[SequenceState], draft_len: int, limits: IntArray, shape: TreeShape
+    ) -> DraftBatch:
+        assert isinstance(self.drafter, TreeDrafter)
+        drafted = self.drafter.draft_trees(states, shape, draft_len, limits, self.rule, self._timer)
+        trees = drafted.trees
+        assert trees is not None
+        return DraftBatch(
+            drafted.lens,
+            trees.survival,
+            self._timer.collect(),
+            drafted.tokens.astype(np.int32),
+            handle=drafted,
+            survival=trees.survival,
+            parents=trees.parents,
         )
 
     def verify(self, requests: Sequence[Request], drafts: DraftBatch, verify_lens: IntArray) -> Verification:
@@ -146,19 +182,31 @@ class TorchExecutor:
             tokens: list[int] = []
             for state, row, length in zip(states, drafted.tokens.tolist(), verify_lens.tolist(), strict=True):
                 tokens += [state.tokens[-1], *row[:length]]
-            logits, features = self._forward(tokens, states, positions, lens)
+            tree = None if drafted.trees is None else tree_rows(drafted.trees, positions, verify_lens)
+            logits, features = self._forward(tokens, states, positions, lens, tree=tree)
         with self._timer.span("accept"):
-            accepted, next_token = self._accept(requests, drafted, verify_lens, logits, row_starts, positions)
+            proposed, path = drafted.tokens, None
+            if drafted.trees is None:
+                accepted, next_token = self._accept(requests, drafted, verify_lens, logits, row_starts, positions)
+            else:
+                paths = self._accept_paths(requests, drafted, verify_lens, logits, row_starts, positions)
+                accepted, next_token = paths.num_accepted, paths.next_token
+                proposed, path = paths.tokens(drafted.trees), paths.nodes
             remaining = np.array([request.remaining for request in requests])
-            accepted, emitted, stopped, new = cut(drafted.tokens, accepted, next_token, remaining, self._eos)
+            accepted, emitted, stopped, new = cut(proposed, accepted, next_token, remaining, self._eos)
             for state, added in zip(states, new, strict=True):
                 state.tokens += added
                 self.outputs[state.request_id] += added
+            if path is not None:
+                self._cache.compact(np.array([state.slot for state in states]), positions, path, accepted)
             if features is not None:
-                kept = np.concatenate([start + np.arange(1 + n) for start, n in zip(row_starts, accepted, strict=True)])
+                rows = np.arange(int(accepted.max()) + 1) + np.zeros_like(row_starts)[:, None]
+                if path is not None:
+                    rows[:, 1:] = 1 + path[:, : rows.shape[1] - 1]
+                kept = (row_starts[:, None] + rows)[np.arange(rows.shape[1]) <= accepted[:, None]]
                 kept_features = features[torch.from_numpy(kept).to(features.device)]
                 self._observe(states, positions, 1 + accepted, kept_features)
-        return Verification(accepted, emitted, stopped, self._timer.collect(), padded_tokens=len(tokens))
+        return Verification(accepted, emitted, stopped, self._timer.collect(), len(tokens), accepted_path=path)
 
     def release(self, request: Request) -> None:
         """Free the request's slot; its output stays in `outputs`."""
@@ -179,10 +227,11 @@ class TorchExecutor:
         starts: IntArray,
         lens: IntArray,
         logit_rows: IntArray | None = None,
+        tree: TreeRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One target pass; a prefill's features go to the drafter at once, a round's after acceptance."""
         device = self.target.device
-        batch = RaggedBatch(self._cache, np.array([state.slot for state in states]), starts, lens, device)
+        batch = RaggedBatch(self._cache, np.array([state.slot for state in states]), starts, lens, device, tree=tree)
         rows = np.arange(len(tokens)) if logit_rows is None else logit_rows
         logits, features = self.target.forward(
             torch.tensor(tokens, device=device), batch, torch.from_numpy(rows).to(device), self._layers
@@ -237,3 +286,24 @@ class TorchExecutor:
             self.params,
         )
         return accept_rejection(judged) if self.mode == "rejection" else accept_block(judged)
+
+    def _accept_paths(
+        self,
+        requests: Sequence[Request],
+        drafted: Drafted,
+        verify_lens: IntArray,
+        logits: torch.Tensor,
+        row_starts: IntArray,
+        positions: IntArray,
+    ) -> AcceptedPaths:
+        assert drafted.trees is not None and self.drafter is not None
+        ids = np.array([request.request_id for request in requests])
+        if self.mode == "rejection":
+            known = self.drafter.draft_token_ids
+            return accept_sampled_paths(drafted, verify_lens, logits, row_starts, known, ids, positions, self.params)
+
+        def own(walking: IntArray, nodes: IntArray, depth: int) -> IntArray:
+            rows = torch.from_numpy(row_starts[walking] + 1 + nodes).to(logits.device)
+            return self._choose(logits[rows], ids[walking], positions[walking] + 1 + depth)
+
+        return accept_matching_paths(drafted.trees, verify_lens, own)

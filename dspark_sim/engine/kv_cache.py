@@ -1,17 +1,22 @@
 """Keys and values of running requests: one slot per request, lengths kept by the caller.
 
-Rolling back rejected drafts is a length change: their places are overwritten by the next round. The tensors are
-[layers, slots, KV heads, max_len, head_dim], so that the batch's keys at one layer are a view whenever its slots
-are neighbours; slots are handed out lowest first to keep it so.
+Rolling back rejected drafts is a length change: their places are overwritten by the next round. Of a tree the accepted
+path is moved together first. The tensors are [layers, slots, KV heads, max_len, head_dim], so that the batch's keys at
+one layer are a view whenever its slots are neighbours; slots are handed out lowest first to keep it so.
 """
 
 from __future__ import annotations
 
 import heapq
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from dspark_sim.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
 
 
 class SlotCache:
@@ -57,6 +62,35 @@ class SlotCache:
     def read(self, layer: int, slots: slice | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [R, KV heads, length, head_dim]; a view when `slots` is a slice."""
         return self.keys[layer, slots, :, :length], self.values[layer, slots, :, :length]
+
+    def lengthen(self, max_len: int) -> None:
+        """Make room for `max_len` places in every slot, if there is less; what is there stays."""
+        missing = max_len - self.max_len
+        if missing > 0:
+            self.keys, self.values = (F.pad(store, (0, 0, 0, missing)) for store in (self.keys, self.values))
+            self.max_len = max_len
+
+    def compact(self, slots: IntArray, roots: IntArray, paths: IntArray, lens: IntArray) -> None:
+        """Make a chain of the accepted path of a tree: its keys and values move to the places behind the root.
+
+        Parameters
+        ----------
+        slots, roots
+            [R], and the place of each tree's root.
+        paths
+            [R, k], nodes of the path from the root on: node i stands at place root + 1 + i. They rise.
+        lens
+            [R], nodes of each path; later entries are ignored.
+        """
+        depth = np.arange(paths.shape[1])
+        row, column = np.nonzero((depth < lens[:, None]) & (paths != depth))
+        if not row.size:
+            return
+        index = np.stack((slots[row], roots[row] + 1 + paths[row, column], roots[row] + 1 + column))
+        slot, source, destination = torch.from_numpy(index).to(self.keys.device)
+        # All are read before any is written: a place may be both.
+        for store in (self.keys, self.values):
+            store[:, slot, :, destination] = store[:, slot, :, source]
 
 
 class SlotPool:

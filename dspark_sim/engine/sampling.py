@@ -100,7 +100,12 @@ def keyed_uniform(
 
 
 def keyed_exponential(
-    seed: int, request_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], token_ids: torch.Tensor
+    seed: int,
+    request_ids: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    token_ids: torch.Tensor,
+    purpose: Literal["gumbel", "draft"] = "gumbel",
+    slots: npt.NDArray[np.int64] | None = None,
 ) -> torch.Tensor:
     """Standard exponential noise of every token, [N, V] float64, on the device of `token_ids`.
 
@@ -114,8 +119,12 @@ def keyed_exponential(
         Keys: [N] requests and the absolute positions that their tokens are for.
     token_ids
         [V] target ids, so that a draft vocabulary meets the noise of its own tokens.
+    purpose, slots
+        ``gumbel`` is the noise that target and drafter share at a position. ``draft``, with `positions` of anchors and
+        [N] places in the block, is the drafter's own.
     """
-    keys = _state(seed, request_ids, positions, _PURPOSES["gumbel"]).view(np.int64)
+    parts = (_PURPOSES[purpose],) if slots is None else (_PURPOSES[purpose], slots)
+    keys = _state(seed, request_ids, positions, *parts).view(np.int64)
     state = torch.from_numpy(keys).to(token_ids.device)[:, None] ^ token_ids
     # SplitMix64 once more, in signed integers that wrap around; shifts are made logical by masks.
     state = state + _signed(_GOLDEN)

@@ -11,23 +11,21 @@ import torch
 
 from dspark_sim import cost as cost_model
 from dspark_sim.cost import CostModel
-from dspark_sim.engine.anchors import RecordedOutput, dense_anchors
-from dspark_sim.engine.conditional import Known
+from dspark_sim.engine.anchors import dense_anchors, num_ranked
 from dspark_sim.engine.drafters import Drafter
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
 from dspark_sim.engine.drafters.chain import RaggedChainDrafter
-from dspark_sim.engine.drafters.chain_model import ChainDrafter
-from dspark_sim.engine.drafters.checkpoint import load_drafter
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
 from dspark_sim.engine.drafters.diagnosis import warn_if_rejected
-from dspark_sim.engine.drafters.ngram import NgramDrafter
+from dspark_sim.engine.drafters.named import named_drafter
 from dspark_sim.engine.executor import TorchExecutor
 from dspark_sim.engine.explore import Explore
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.live import serve
 from dspark_sim.engine.models import EMBEDDED, Target, load_target
+from dspark_sim.engine.recorded import recorded_outputs
 from dspark_sim.engine.sampling import SamplingParams
-from dspark_sim.engine.temperatures import default_confidence
+from dspark_sim.engine.tree_round import fit_tree, usual_label
 from dspark_sim.errors import UserError
 from dspark_sim.loop import DecodeLoop, Mode
 from dspark_sim.policy import LoadView, SpeculationPolicy, parameters
@@ -35,9 +33,8 @@ from dspark_sim.provenance import processor, provenance
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.trace import Trace, TraceRecorder
+from dspark_sim.tree_shapes import Chain, TreeShape, parse_tree
 from dspark_sim.workload import ClosedLoop, Prompt, Workload, repeat
-
-BUNDLED_DRAFTERS = ("dspark", "dspark-rnn", "dflash", "eagle3", "mtp1")
 
 
 @dataclass(eq=False)
@@ -111,38 +108,13 @@ class Engine:
         """
         return Engine(
             self.target,
-            self._make_drafter(drafter, confidence),
+            named_drafter(drafter, self.target, self.max_num_seqs, self.max_model_len, confidence),
             Path(drafter).name,
             self.num_threads,
             self.max_num_seqs,
             self.max_model_len,
             self.cache,
         )
-
-    def _make_drafter(self, name: str, confidence: Confidence | None) -> Drafter | None:
-        if name == "none":
-            return None
-        if name == "ngram":
-            return NgramDrafter()
-        folder = Path(__file__).parent.parent / "drafters" / name if name in BUNDLED_DRAFTERS else Path(name)
-        if name not in BUNDLED_DRAFTERS and not folder.is_dir():
-            raise UserError(
-                f"no drafter {name!r}; choose none, ngram, {', '.join(BUNDLED_DRAFTERS)}, or give a drafter's folder"
-            )
-        network = load_drafter(folder, self.target)
-        if name in BUNDLED_DRAFTERS and self.target.name != network.config.target:
-            raise UserError(
-                f"the bundled drafter {name} was trained for {network.config.target}, not {self.target.name}; "
-                "use none or ngram, or train one with `dspark-sim train`"
-            )
-        judge = default_confidence(folder) if confidence is None else confidence
-        drafter: RaggedChainDrafter | RaggedBlockDrafter
-        if isinstance(network, ChainDrafter):
-            drafter = RaggedChainDrafter(name, network, self.max_num_seqs, self.max_model_len, judge)
-        else:
-            drafter = RaggedBlockDrafter(name, network, self.max_num_seqs, self.max_model_len, judge)
-        drafter.confidence.require_slots(drafter.block_size)
-        return drafter
 
     @property
     def block_size(self) -> int:
@@ -153,6 +125,24 @@ class Engine:
     def has_confidence(self) -> bool:
         """Whether the drafter estimates acceptance."""
         return self.drafter is not None and self.drafter.has_confidence
+
+    def fit_tree(self, tree: TreeShape | str | None) -> TreeShape | None:
+        """A shape or its text as this engine drafts it; ``None`` for chains of the drafter's whole block.
+
+        Raises
+        ------
+        UserError
+            If the text names no shape, or the drafter cannot make it.
+        """
+        if tree is None or tree == Chain() or (isinstance(tree, str) and tree.strip() == "chain"):
+            return None
+        shape = fit_tree(parse_tree(tree) if isinstance(tree, str) else tree, self.drafter, self.drafter_name)
+        return None if shape == Chain(self.block_size) else shape
+
+    def num_drafts(self, tree: TreeShape | str | None) -> int:
+        """Most tokens drafted per round: the drafter's γ, or the nodes of a tree."""
+        shape = self.fit_tree(tree)
+        return self.block_size if shape is None else shape.num_nodes
 
     def _confidence_source(self) -> dict[str, Any] | None:
         drafter = self.drafter
@@ -192,6 +182,7 @@ class Engine:
         force_cost: bool = False,
         recording: bool = True,
         progress: bool = True,
+        tree: TreeShape | str | None = None,
     ) -> Trace:
         """Serve the prompts live and return the trace, without anchors.
 
@@ -218,21 +209,30 @@ class Engine:
             ``False`` keeps no step and draft rows (to measure what recording costs).
         progress
             Show a bar.
+        tree
+            Shape of the drafts, or its text such as ``"best-first:32"``; ``None`` drafts chains. What a policy calls
+            drafted tokens are then nodes, and a request's KV reserve has room for all of them.
 
         Raises
         ------
         UserError
-            If there is no prompt, a prompt does not fit, or policy, drafter and mode do not go together.
+            If there is no prompt, a prompt does not fit, or policy, drafter, tree and mode do not go together.
         """
         if not prompts:
             raise UserError("zero prompts; give at least one")
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; give at least 1")
-        wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, self.block_size))
-        if wanted > self.block_size:
+        shape, limit = self.fit_tree(tree), self.num_drafts(tree)
+        wanted = policy.start().draft_len(LoadView(0, 1, 0, 0, limit))
+        if wanted > limit:
+            if shape is not None:
+                raise UserError(
+                    f"policy {policy.label()} drafts {wanted} nodes and tree {usual_label(shape, self.block_size)} has "
+                    f"{limit}, which is what the KV cache reserves; lower verify_len or give the tree more nodes"
+                )
             raise UserError(
                 f"policy {policy.label()} drafts {wanted} tokens and drafter {self.drafter_name} at most "
-                f"{self.block_size}; lower verify_len or choose another drafter"
+                f"{limit}; lower verify_len or choose another drafter"
             )
         table = getattr(policy, "cost", None)
         forced = None
@@ -246,9 +246,9 @@ class Engine:
         params = SamplingParams(temperature, top_k, top_p, seed)
         with_prob = policy.signal == "draft_prob"
         executor = TorchExecutor(
-            self.target, self.drafter, encoded, self.cache, mode, params, with_draft_prob=with_prob
+            self.target, self.drafter, encoded, self.cache, mode, params, with_draft_prob=with_prob, tree=shape
         )
-        scheduler = Scheduler(self._scheduler_config(workload), self.block_size)
+        scheduler = Scheduler(self._scheduler_config(workload), limit)
         recorder = TraceRecorder("wall")
         loop = DecodeLoop(executor, scheduler, policy, recorder, cost, allow_biased=allow_biased)
         if not recording:
@@ -260,6 +260,7 @@ class Engine:
             "target": self.target.name,
             "drafter": self.drafter_name,
             "block_size": self.block_size,
+            "tree": usual_label(shape, self.block_size),
             "has_confidence": self.has_confidence,
             "confidence": self._confidence_source(),
             "mode": mode,
@@ -278,15 +279,16 @@ class Engine:
         warn_if_rejected(self.drafter, self.drafter_name, trace)
         return trace
 
-    def anchors(self, trace: Trace, *, progress: bool = True) -> Trace:
+    def anchors(self, trace: Trace, *, progress: bool = True, tree: TreeShape | str | None = None) -> Trace:
         """The trace with dense anchors of this engine's drafter over its recorded outputs.
 
-        The outputs may have been recorded under any drafter or none: what the target says does not depend on it.
+        The outputs may have been recorded under any drafter or none, and with any tree: what the target says does not
+        depend on it. `tree` is the shape whose nodes the anchors have; ``None`` is what the run drafted.
 
         Raises
         ------
         UserError
-            If the outputs are not unbiased outputs of this target, or the mode or drafter has no dense pass.
+            If the outputs are not unbiased outputs of this target, or the mode, drafter or tree has no dense pass.
         """
         if self.drafter is None:
             raise UserError("drafter none proposes nothing; choose a drafter for dense anchors")
@@ -297,23 +299,15 @@ class Engine:
         if trace.config.get("biased"):
             raise UserError("this trace is a biased negative control; its outputs are not the target's, record again")
         rule = DraftRule(trace.config["mode"], SamplingParams(**trace.config["sampling"]), with_prob=True)
-        rounds: dict[int, dict[int, Known]] = {}
-        if rule.mode == "rejection" and trace.config.get("drafter") == self.drafter_name:
-            for row in trace.tables["drafts"].to_pylist():
-                known = Known.of_round(row["draft_tokens"] or [], row["verify_len"], row["num_accepted"])
-                rounds.setdefault(row["request_id"], {})[row["position"]] = known
-        prompts = trace.config["prompts"]
-        recorded = [
-            RecordedOutput(
-                row["request_id"], prompts[row["prompt_id"]], row["output_tokens"], rounds.get(row["request_id"], {})
-            )
-            for row in trace.tables["requests"].to_pylist()
-        ]
-        anchors = dense_anchors(self.target, self.drafter, recorded, rule, progress=progress)
+        shape = self.fit_tree(trace.config.get("tree") if tree is None else tree)
+        recorded = recorded_outputs(trace, self.drafter_name)
+        anchors = dense_anchors(self.target, self.drafter, recorded, rule, shape, progress=progress)
         return trace.with_anchors(
             anchors,
             drafter=self.drafter_name,
             block_size=self.block_size,
+            tree=usual_label(shape, self.block_size),
+            num_candidates=num_ranked(self.drafter),
             has_confidence=self.has_confidence,
             confidence=self._confidence_source(),
         )

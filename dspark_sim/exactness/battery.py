@@ -11,7 +11,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dspark_sim.engine.sampling import SamplingParams
-from dspark_sim.exactness import laws, numerics, statistical, toy_replay
+from dspark_sim.exactness import laws, numerics, statistical, toy_replay, tree_cases
 from dspark_sim.exactness.replay import COST, QUICK, RealModel, Scale, depth_slope
 from dspark_sim.exactness.toy import Toy
 from dspark_sim.loop import Mode
@@ -73,6 +73,33 @@ def enumeration(quick: bool) -> Iterator[Check]:
     yield _judge(
         "intervention", "confidences behind k redrawn, every policy", trials * len(policies), found, "0", failures == 0
     )
+
+
+def trees(quick: bool) -> Iterator[Check]:
+    """Exact joint laws of trees, their controls, the intervention, and children drawn without replacement."""
+    worst: dict[tuple[str, int], tuple[float, int]] = {}
+    for case in tree_cases.exact_tree_cases(1 if quick else 4):
+        distance, count = worst.get((case.mode, case.num_requests), (0.0, 0))
+        worst[case.mode, case.num_requests] = max(distance, case.total_variation), count + case.num_worlds
+    for (mode, num_requests), (distance, count) in worst.items():
+        name = f"{mode}, R = {num_requests}, every shape and policy that may run"
+        yield _judge("trees", name, count, f"TV {distance:.1e}", "< 1e-12", distance < laws.TOLERANCE)
+    for case in tree_cases.biased_tree_cases(3 if quick else 6):
+        name = f"{case.policy}, {case.mode}, R = {case.num_requests} (must be biased)"
+        found = f"TV {case.total_variation:.3f}"
+        yield _judge("known bad", name, case.num_worlds, found, "> 0.05", case.total_variation > 0.05)
+    trials = 100 if quick else 400
+    policies = tree_cases.tree_policies()
+    failures = sum(tree_cases.node_interventions(policy, trials) for policy in policies)
+    name = "survivals behind a node redrawn, every policy"
+    found = f"{failures} admissions changed"
+    yield _judge("trees", name, trials * len(policies), found, "0", failures == 0)
+    rates = tree_cases.children_accepted(*toy_replay.first_slot_laws(Toy.make(), SamplingParams(1.0)))
+    found = ", ".join(f"{without:.3f} against {replaced:.3f}" for without, replaced in rates)
+    (one, same), *more = rates
+    held = abs(one - same) < laws.TOLERANCE and all(without > replaced for without, replaced in more)
+    name = "toy: one of 1, 2, 3 children is accepted, without replacement against independent"
+    yield _judge("trees", name, 3, found, "equal, larger, larger", held)
 
 
 def statistics(quick: bool) -> Iterator[Check]:
@@ -189,7 +216,7 @@ def real_model(quick: bool, scale: Scale | None = None) -> Iterator[Check]:
         yield Check("bfloat16", name, 1, found, "reported", "info")
 
 
-GROUPS: tuple[Callable[[bool], Iterator[Check]], ...] = (enumeration, statistics, toy_laws, real_model)
+GROUPS: tuple[Callable[[bool], Iterator[Check]], ...] = (enumeration, trees, statistics, toy_laws, real_model)
 
 
 def run(quick: bool = False, *, progress: bool = True) -> pd.DataFrame:

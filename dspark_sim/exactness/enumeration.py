@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_sim.engine.verify import acceptance, block_acceptance, block_weights
 from dspark_sim.loop import Mode
-from dspark_sim.policy import Controller, LoadView, SpeculationPolicy
+from dspark_sim.policy import Controller, LoadView, Signal, SpeculationPolicy
 
 Array = npt.NDArray[np.float64]
 Path = tuple[int, ...]
@@ -100,33 +100,90 @@ def total_variation(left: Law, right: Law) -> float:
     return 0.5 * sum(abs(left.get(key, 0.0) - right.get(key, 0.0)) for key in {*left, *right})
 
 
-def output_law(world: World, policy: SpeculationPolicy, mode: Mode, num_tokens: int) -> Law:
-    """The joint law of the first `num_tokens` tokens of all requests under a policy and an acceptance mode."""
-    if mode == "coupled":
+class Rounds(Protocol):
+    """What may happen in a round of one request: chains (`Chains`) or trees (`tree_laws.Trees`)."""
+
+    @property
+    def size(self) -> int:
+        """Most drafts."""
+        ...
+
+    def drafts(self, request: int, output: Path, draft_len: int, room: int) -> list[tuple[Any, float]]:
+        """Every draft that may be made behind `output`, `room` tokens deep, and its probability."""
+        ...
+
+    def survival(self, request: int, output: Path, draft: Any) -> Array:
+        """What the policy is told of a draft, [its length]."""
+        ...
+
+    def outcomes(self, request: int, output: Path, draft: Any, verify_len: int) -> list[Outcome]:
+        """Every (accepted, emitted tokens, probability) if `verify_len` drafts are verified."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Rounds of chains in a world, for an acceptance mode and a policy's signal."""
+
+    world: World
+    mode: Mode
+    signal: Signal
+
+    @property
+    def size(self) -> int:
+        """γ."""
+        return self.world.block_size
+
+    def drafts(self, request: int, output: Path, draft_len: int, room: int) -> list[tuple[Path, float]]:
+        """See `Rounds`."""
+        return _drafts(self.world, request, output, min(draft_len, room), self.mode)
+
+    def survival(self, request: int, output: Path, draft: Path) -> Array:
+        """See `Rounds`."""
+        return _survival(self.world, self.signal, request, output, draft)
+
+    def outcomes(self, request: int, output: Path, draft: Path, verify_len: int) -> list[Outcome]:
+        """See `Rounds`."""
+        return _outcomes(self.world, request, output, draft[:verify_len], self.mode)
+
+
+def output_law(
+    world: World, policy: SpeculationPolicy, mode: Mode, num_tokens: int, rounds: Rounds | None = None
+) -> Law:
+    """The joint law of the first `num_tokens` tokens of all requests under a policy and an acceptance mode.
+
+    `rounds` says what is drafted and how it is judged; by default chains, by the mode.
+    """
+    if mode == "coupled" and rounds is None:
         return _coupled_law(world, policy, num_tokens)
+    rounds = rounds or Chains(world, mode, policy.signal)
     law: Law = defaultdict(float)
     start = tuple(() for _ in range(world.num_requests))
-    stack: list[tuple[tuple[Path, ...], Controller, int, float]] = [(start, policy.start(), 0, 1.0)]
-    while stack:
-        outputs, controller, step, probability = stack.pop()
+    # Ways that emitted the same go on alike if the controller remembers nothing, and are joined.
+    joined = getattr(type(policy.start()), "__dataclass_params__", None)
+    forgets = joined is not None and joined.frozen
+    states: dict[Any, tuple[tuple[Path, ...], Controller, int, float]] = {start: (start, policy.start(), 0, 1.0)}
+    while states:
+        # Those of the earliest step first, so that all ways into a state have been seen when it is left.
+        outputs, controller, step, probability = states.pop(next(iter(states)))
         running = [r for r in range(world.num_requests) if len(outputs[r]) < num_tokens]
         if not running:
             law[outputs] += probability
             continue
         controller = _copied(controller)
-        load = LoadView(step, len(running), 0, 10 * len(running), world.block_size, tuple(running))
-        draft_len = min(controller.draft_len(load), world.block_size)
-        lens = [min(draft_len, num_tokens - len(outputs[r]) - 1) for r in running]
-        every = [_drafts(world, r, outputs[r], length, mode) for r, length in zip(running, lens, strict=True)]
+        load = LoadView(step, len(running), 0, 10 * len(running), rounds.size, tuple(running))
+        draft_len = min(controller.draft_len(load), rounds.size)
+        every = [rounds.drafts(r, outputs[r], draft_len, num_tokens - len(outputs[r]) - 1) for r in running]
         for combination in product(*every):
             chance = probability * float(np.prod([weight for _, weight in combination]))
             if chance == 0.0:
                 continue
             drafts = [draft for draft, _ in combination]
             chooser = _copied(controller)
-            verify_lens = _choose(world, policy, chooser, load, running, outputs, drafts, draft_len)
+            told = [rounds.survival(r, outputs[r], draft) for r, draft in zip(running, drafts, strict=True)]
+            verify_lens = chosen_lens(chooser, load, told, drafts, draft_len)
             outcomes = [
-                _outcomes(world, r, outputs[r], draft[:length], mode)
+                rounds.outcomes(r, outputs[r], draft, length)
                 for r, draft, length in zip(running, drafts, verify_lens.tolist(), strict=True)
             ]
             for result in product(*outcomes):
@@ -138,7 +195,10 @@ def output_law(world: World, policy: SpeculationPolicy, mode: Mode, num_tokens: 
                     after[r] = (*outputs[r], *emitted)
                 observer = _copied(chooser)
                 observer.observe(load, verify_lens, np.array([one[0] for one in result]))
-                stack.append((tuple(after), observer, step + 1, weight))
+                state = tuple(after)
+                key = (step + 1, state) if forgets else (step + 1, state, len(states), object())
+                before = states[key][-1] if key in states else 0.0
+                states[key] = state, observer, step + 1, before + weight
     return dict(law)
 
 
@@ -175,20 +235,32 @@ def _choose(
     drafts: Sequence[Path],
     draft_len: int,
 ) -> npt.NDArray[np.int64]:
-    survival = np.zeros((len(running), draft_len))
-    for row, (r, draft) in enumerate(zip(running, drafts, strict=True)):
-        value = 1.0
-        for k, token in enumerate(draft):
-            path = (*outputs[r], *draft[:k])
-            if policy.signal == "draft_prob":
-                value *= float(world.drafter(r, path)[token])
-            elif policy.signal == "accept_prob":
-                value *= world.accept_prob(r, path)
-            else:
-                value *= world.confidence(r, path)
-            survival[row, k] = value
-    chosen = controller.verify_lens(load, survival)
-    return np.minimum(chosen, [len(draft) for draft in drafts])
+    told = [_survival(world, policy.signal, r, outputs[r], draft) for r, draft in zip(running, drafts, strict=True)]
+    return chosen_lens(controller, load, told, drafts, draft_len)
+
+
+def _survival(world: World, signal: Signal, request: int, output: Path, draft: Path) -> Array:
+    values = []
+    for k, token in enumerate(draft):
+        path = (*output, *draft[:k])
+        if signal == "draft_prob":
+            values.append(float(world.drafter(request, path)[token]))
+        elif signal == "accept_prob":
+            values.append(world.accept_prob(request, path))
+        else:
+            values.append(world.confidence(request, path))
+    survival: Array = np.cumprod(np.array(values), dtype=np.float64)
+    return survival
+
+
+def chosen_lens(
+    controller: Controller, load: LoadView, told: Sequence[Array], drafts: Sequence[Sized], draft_len: int
+) -> npt.NDArray[np.int64]:
+    """Drafts that a controller has verified, [R], from what it is told of each request's."""
+    survival = np.zeros((len(told), draft_len))
+    for row, values in enumerate(told):
+        survival[row, : len(values)] = values
+    return np.minimum(controller.verify_lens(load, survival), [len(draft) for draft in drafts])
 
 
 def _outcomes(world: World, request: int, output: Path, draft: Path, mode: Mode) -> list[Outcome]:

@@ -30,6 +30,7 @@ from dspark_sim.policy import SpeculationPolicy
 from dspark_sim.request import Request
 from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.trace import TraceRecorder
+from dspark_sim.tree_shapes import TreeShape
 
 BLOCK_SIZE = 3
 _HIDDEN = 24
@@ -58,12 +59,15 @@ class Toy:
         Networks; the drafter may be replaced.
     max_num_seqs
         Requests in a batch.
+    tree
+        Shape of the drafts, fitted to the drafter; ``None`` drafts chains.
     """
 
     target: Target
     drafter: Drafter | None
     max_num_seqs: int
     cache: SlotCache
+    tree: TreeShape | None = None
 
     @staticmethod
     def make(vocab_size: int = 4, *, max_num_seqs: int = 64, sharpness: float = 2.0, seed: int = 0) -> Toy:
@@ -125,6 +129,7 @@ class Toy:
             mode,
             params,
             with_draft_prob=with_draft_prob,
+            tree=self.tree,
         )
 
     @one_thread()
@@ -149,14 +154,14 @@ class Toy:
         all the time.
         """
         executor = executor or self.executor(mode, params, with_draft_prob=policy.signal == "draft_prob")
-        block_size = self.drafter.block_size if self.drafter is not None else 0
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs or self.max_num_seqs,
             num_pages=num_pages or self.max_num_seqs * _MAX_LEN // 4,
             page_size=4,
             max_model_len=_MAX_LEN,
         )
-        loop = DecodeLoop(executor, Scheduler(config, block_size), policy, recorder, allow_biased=allow_biased)
+        scheduler = Scheduler(config, executor.block_size)
+        loop = DecodeLoop(executor, scheduler, policy, recorder, allow_biased=allow_biased)
         requests = [
             Request(number, "toy", "toy", len(PROMPT), num_tokens if lens is None else lens[number])
             for number in range(num_requests)

@@ -8,11 +8,12 @@ import torch
 
 from dspark_sim.analysis.fidelity import RoundsVerdict, rounds_equal
 from dspark_sim.cost import CostModel, Curve
-from dspark_sim.engine.anchors import RecordedOutput, dense_anchors
+from dspark_sim.engine.anchors import dense_anchors, num_ranked
 from dspark_sim.engine.conditional import Known
 from dspark_sim.engine.drafters.block import RaggedBlockDrafter
 from dspark_sim.engine.drafters.choose import DraftRule
 from dspark_sim.engine.explore import Explore
+from dspark_sim.engine.recorded import RecordedOutput
 from dspark_sim.engine.sampling import SamplingParams, probabilities
 from dspark_sim.exactness.statistical import GTest, g_test
 from dspark_sim.exactness.toy import BLOCK_SIZE, PROMPT, Toy, one_thread
@@ -23,6 +24,7 @@ from dspark_sim.scheduler import Scheduler, SchedulerConfig
 from dspark_sim.simulate.acceptance import RecordedAnchors
 from dspark_sim.simulate.executor import ReplayExecutor
 from dspark_sim.trace import Trace, TraceRecorder
+from dspark_sim.tree_shapes import TreeShape
 
 COST = CostModel(verify=Curve((1.0, 64.0, 256.0), (1.0, 2.0, 6.0)))
 
@@ -42,7 +44,11 @@ def record(
         executor=executor,
         recorder=recorder,
     )
-    config = {"mode": mode, "block_size": BLOCK_SIZE, "has_confidence": True}
+    shape = executor.tree
+    config = {
+        **{"mode": mode, "block_size": BLOCK_SIZE, "has_confidence": True},
+        "tree": None if shape is None else shape.label(),
+    }
     return recorder.trace(config, {}, executor.outputs)
 
 
@@ -59,15 +65,18 @@ def anchored(toy: Toy, trace: Trace, mode: Mode, params: SamplingParams, *, keep
         RecordedOutput(row["request_id"], PROMPT, row["output_tokens"], rounds.get(row["request_id"], {}))
         for row in trace.tables["requests"].to_pylist()
     ]
-    return trace.with_anchors(dense_anchors(toy.target, toy.drafter, outputs, DraftRule(mode, params, True)))
+    rule = DraftRule(mode, params, True)
+    anchors = dense_anchors(toy.target, toy.drafter, outputs, rule, toy.tree)
+    return trace.with_anchors(anchors, num_candidates=num_ranked(toy.drafter))
 
 
-def replay(trace: Trace, policy: SpeculationPolicy) -> Trace:
-    """All requests at once, as the toy's loop is fed, in the toy's batch."""
-    executor = ReplayExecutor(RecordedAnchors.from_trace(trace), COST)
+def replay(trace: Trace, policy: SpeculationPolicy, tree: TreeShape | None = None) -> Trace:
+    """All requests at once, as the toy's loop is fed, in the toy's batch; `tree` is a shape other than the recorded."""
+    anchors = RecordedAnchors.from_trace(trace)
+    executor = ReplayExecutor(anchors if tree is None else anchors.with_tree(tree), COST)
     config = SchedulerConfig(max_num_seqs=64, num_pages=1024, page_size=4, max_model_len=64)
     recorder = TraceRecorder("virtual")
-    loop = DecodeLoop(executor, Scheduler(config, BLOCK_SIZE), policy, recorder)
+    loop = DecodeLoop(executor, Scheduler(config, executor.block_size), policy, recorder)
     for row in trace.tables["requests"].to_pylist():
         loop.submit(Request(row["request_id"], "toy", "toy", len(PROMPT), row["max_tokens"]))
     now = 0.0
@@ -110,6 +119,15 @@ def block_law(toy: Toy, params: SamplingParams, num_requests: int) -> GTest:
     blocks = np.stack(first["draft_tokens"].to_list())[starts == commonest]
     with torch.inference_mode():
         return g_test(blocks, _drafter_law(toy, commonest, params))
+
+
+def first_slot_laws(toy: Toy, params: SamplingParams) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Laws of target and drafter of the token behind the prompt and each first token, [V, V] both."""
+    size = toy.target.config.vocab_size
+    joint = toy.law(params, 2).reshape(size, size)
+    with torch.inference_mode():
+        drafter = [_drafter_law(toy, anchor, params).reshape(size, -1).sum(axis=1) for anchor in range(size)]
+    return joint / joint.sum(axis=1, keepdims=True), np.stack(drafter)
 
 
 def _drafter_law(toy: Toy, anchor: int, params: SamplingParams) -> npt.NDArray[np.float64]:

@@ -22,7 +22,9 @@ from dspark_sim.anchor_arrays import integers, lengths, padded
 from dspark_sim.errors import UserError
 from dspark_sim.loop import Mode
 from dspark_sim.request import FinishReason
+from dspark_sim.simulate.tree_replay import RecordedTree, read_tree, replayed_tree
 from dspark_sim.trace import Trace
+from dspark_sim.tree_shapes import Chain, TreeShape
 
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
@@ -87,6 +89,12 @@ class RecordedAnchors:
         Acceptance mode of the recording.
     accept_prob, draft_prob
         [T, γ], true conditional acceptance and the drafter's probability of its tokens; ``None`` if not recorded.
+    ranks
+        [T, γ], rank of the output's token among the candidates at each depth along the output, or ``None``.
+    num_ranked
+        Candidates that `ranks` tells apart; ``None`` is all of them.
+    tree
+        The trees to replay; ``None`` replays chains, whose drafts the arrays above are.
     source
         Where the anchors come from, for the trace of a run; ``None`` is a recording.
     derived
@@ -103,6 +111,9 @@ class RecordedAnchors:
     mode: Mode = "greedy"
     accept_prob: FloatArray | None = None
     draft_prob: FloatArray | None = None
+    ranks: IntArray | None = None
+    num_ranked: int | None = None
+    tree: RecordedTree | None = None
     source: Mapping[str, Any] | None = None
     derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -135,8 +146,44 @@ class RecordedAnchors:
 
     @property
     def block_size(self) -> int:
-        """Most tokens per block (γ)."""
+        """Most tokens per block (γ), the depth of any tree."""
         return int(self.draft_tokens.shape[1])
+
+    @property
+    def round_size(self) -> int:
+        """Most tokens drafted per round: the nodes of a tree, or the block of a chain."""
+        return self.block_size if self.tree is None else self.tree.num_nodes
+
+    @property
+    def estimates(self) -> bool:
+        """Whether there are estimates for a policy to go by: survivals of nodes, or confidences of a chain."""
+        return self.has_confidence if self.tree is None else self.tree.has_survival
+
+    def accepted(self, rows: IntArray, verify_lens: IntArray) -> IntArray:
+        """Drafts accepted [R] of the first `verify_lens` ones [R] at anchors [R]."""
+        if self.tree is not None:
+            return self.tree.accepted(rows, verify_lens)
+        return np.minimum(verify_lens, self.num_accepted.take(rows))
+
+    def with_tree(self, shape: TreeShape | None) -> RecordedAnchors:
+        """The same anchors with trees of another shape; ``None`` keeps what was recorded.
+
+        A chain can be replayed from any recording, a tree of fixed shape from any with ranks along the output, and a
+        tree that the drafter's probabilities choose from one of the same rule and at least its budget. Only a tree
+        whose nodes were all recorded has survivals; with others go policies that do not look at them.
+
+        Raises
+        ------
+        UserError
+            If the recording does not hold that tree.
+        """
+        if shape is None:
+            return self
+        fitted = shape.fitted(self.block_size)
+        if isinstance(fitted, Chain):
+            chains = replace(self, tree=None)
+            return chains if fitted.num_nodes == self.block_size else chains.restricted(fitted.num_nodes)
+        return replace(self, tree=replayed_tree(fitted, self.tree, self.ranks, self.num_ranked, self.mode))
 
     def restricted(self, block_size: int) -> RecordedAnchors:
         """The same anchors with every block cut to its first `block_size` tokens.
@@ -148,6 +195,11 @@ class RecordedAnchors:
         """
         if block_size == self.block_size:
             return self
+        if self.tree is not None:
+            raise UserError(
+                f"block_size is {block_size} and the recording's drafts are trees of shape {self.tree.shape.label()}; "
+                "leave block_size out and give a tree, such as chain"
+            )
         if not 0 <= block_size <= self.block_size:
             raise UserError(
                 f"block_size is {block_size} but the anchors were recorded with {self.block_size}; "
@@ -161,6 +213,7 @@ class RecordedAnchors:
             confidence=self.confidence[:, :block_size],
             accept_prob=None if self.accept_prob is None else self.accept_prob[:, :block_size],
             draft_prob=None if self.draft_prob is None else self.draft_prob[:, :block_size],
+            ranks=None if self.ranks is None else self.ranks[:, :block_size],
         )
 
     @staticmethod
@@ -239,6 +292,7 @@ def _assemble(
         values: FloatArray = padded(table, name, block_size, 0.0)
         return values
 
+    ranks, num_ranked, tree = read_tree(trace.config, table, block_size)
     return RecordedAnchors(
         prompts=prompts,
         request_prompts=request_prompts,
@@ -250,4 +304,7 @@ def _assemble(
         mode=mode,
         accept_prob=optional("accept_prob"),
         draft_prob=optional("draft_prob"),
+        ranks=ranks,
+        num_ranked=num_ranked,
+        tree=tree,
     )

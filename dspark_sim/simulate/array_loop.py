@@ -84,7 +84,9 @@ class ArrayLoop:
         tables: BlockTables | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        self.biased = require_runnable(policy, anchors.mode, anchors.has_confidence, allow_biased)
+        self.biased = require_runnable(
+            policy, anchors.mode, anchors.estimates, allow_biased, None if anchors.tree is None else anchors.tree.shape
+        )
         if load_lag < 0:
             raise UserError(f"load_lag is {load_lag}; give 0 (the load of now) or more iterations")
         self.anchors, self.cost, self.config, self.recorder = anchors, cost, config, recorder
@@ -93,9 +95,9 @@ class ArrayLoop:
         # By the contract of policies their choice does not depend on what is passed for survival then.
         looks = policy.information != "history"
         self._rounds: Rounds = ArrayRounds(self.controller, tables, recorder, looks)
-        if kernels is not None:
+        if kernels is not None and anchors.tree is None:
             self._rounds = CompiledRounds(self.controller, tables, recorder, looks, kernels)
-        self.block_size = anchors.block_size
+        self.block_size = anchors.round_size
         self.reserve = 1 + self.block_size
         self.waiting: deque[Request] = deque()
         self.finished: list[Request] = []

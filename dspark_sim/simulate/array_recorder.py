@@ -234,15 +234,31 @@ def _draft_table(step: IntArray, rounds: list[npt.NDArray[Any]] | None, anchors:
         "position": position,
         "draft_len": draft_len,
         "verify_len": verify_len,
-        "num_accepted": np.minimum(verify_len, anchors.num_accepted[row]),
+        "num_accepted": anchors.accepted(row, verify_len),
         "num_emitted": emitted,
     }
     arrays: dict[str, pa.Array] = {
         name: pa.array(values.astype(np.int64), type=schema.field(name).type) for name, values in columns.items()
     }
-    shown = None if (draft_len == anchors.block_size).all() else np.arange(anchors.block_size) < draft_len[:, None]
-    for name, table in (("draft_tokens", anchors.draft_tokens), ("confidence", single_confidence(anchors))):
+    gamma, tree = anchors.round_size, anchors.tree
+    shown = None if (draft_len == gamma).all() else np.arange(gamma) < draft_len[:, None]
+    known: dict[str, npt.NDArray[Any]] = {"confidence": single_confidence(anchors)}
+    if tree is None:
+        known["draft_tokens"] = anchors.draft_tokens
+    for name, table in known.items():
         blocks = table.take(row, axis=0)
         values = blocks.ravel() if shown is None else blocks[shown]
         arrays[name] = list_column(values, lens, schema.field(name).type.value_type)
+    if tree is not None:
+        accepted = columns["num_accepted"]
+        path = tree.node_rank.take(row, axis=0)
+        path = path[np.arange(path.shape[1]) < accepted[:, None]]
+        arrays["accepted_path"] = list_column(path, accepted, schema.field("accepted_path").type.value_type)
+        if tree.parents is not None:
+            parents = np.broadcast_to(tree.parents, (len(lens), gamma))
+            parents = parents.ravel() if shown is None else parents[shown]
+            arrays["parents"] = list_column(parents, lens, schema.field("parents").type.value_type)
+    for name in schema.names:
+        if name not in arrays:
+            arrays[name] = pa.nulls(len(lens), schema.field(name).type)
     return pa.table([arrays[name] for name in schema.names], schema=schema)

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from dspark_sim.loop import signal_of
 from dspark_sim.policy import Signal, SpeculationPolicy, full
 from dspark_sim.simulate.acceptance import RecordedAnchors
+from dspark_sim.simulate.tree_replay import RecordedTree
+from dspark_sim.tree import never_rising
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -29,12 +31,17 @@ class BlockTables:
         [T], drafts proposed, or ``None`` where every block is whole.
     survival_rows
         [T, γ], survival of each draft by the policy's signal; ``None`` for a policy that does not look at it.
+    block_size
+        Most drafts of a round: γ, or the nodes of a tree.
+    tree
+        What is drafted, if it branches.
     """
 
     num_accepted: IntArray
     whole: IntArray | None
     survival_rows: FloatArray | None
     block_size: int
+    tree: RecordedTree | None = None
     _blanks: dict[tuple[int, int], FloatArray] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -46,8 +53,8 @@ class BlockTables:
         UserError
             If the signal was not recorded.
         """
-        gamma = anchors.block_size
-        ragged = bool((anchors.draft_len < gamma).any())
+        gamma = anchors.round_size
+        ragged = anchors.tree is None and bool((anchors.draft_len < gamma).any())
         survival = None
         if policy.information != "history":
             survival = signal_survival(anchors, policy.signal)
@@ -56,7 +63,14 @@ class BlockTables:
             np.ascontiguousarray(anchors.draft_len, dtype=np.int64) if ragged else None,
             survival,
             gamma,
+            anchors.tree,
         )
+
+    def drafted(self, rows: IntArray, draft_len: int, room: IntArray) -> IntArray:
+        """Drafts [R] at anchors [R] when `draft_len` are asked for and `room` [R] tokens may still come as drafts."""
+        if self.tree is not None:
+            return self.tree.drafted(rows, draft_len, room)
+        return np.minimum(room, self.draft_lens(rows, draft_len))
 
     def draft_lens(self, rows: IntArray, draft_len: int) -> IntArray:
         """Drafts proposed at anchors [R] when `draft_len` are asked for."""
@@ -66,6 +80,8 @@ class BlockTables:
 
     def accepted(self, rows: IntArray, verify: IntArray) -> IntArray:
         """Drafts accepted [R] of the first `verify` ones [R] of the blocks at anchors [R]."""
+        if self.tree is not None:
+            return self.tree.accepted(rows, verify)
         return np.minimum(verify, self.num_accepted.take(rows))
 
     def survival(self, rows: IntArray, draft_len: int, drafted: IntArray) -> FloatArray:
@@ -97,6 +113,8 @@ def signal_survival(anchors: RecordedAnchors, signal: Signal) -> FloatArray:
     """
 
     def made() -> FloatArray:
+        if anchors.tree is not None:
+            return _node_survival(anchors.tree)
         values, lens = signal_of(anchors, signal), anchors.draft_len
         # Column by column: these arrays are long and narrow. The bits are those of `survival_of`.
         out = np.empty(values.shape)
@@ -129,11 +147,24 @@ def expected_accepted(anchors: RecordedAnchors, signal: Signal) -> FloatArray:
     return expected
 
 
+def _node_survival(tree: RecordedTree) -> FloatArray:
+    """[T, n], as policies get it, which is as `survival_of` has it; not a number where it was not recorded."""
+    values = np.nan if tree.survival is None else tree.survival
+    drafted = np.arange(tree.num_nodes) < tree.drafted_nodes[:, None]
+    return never_rising(np.where(drafted, values, 0.0))
+
+
 def single_confidence(anchors: RecordedAnchors) -> npt.NDArray[np.float32]:
-    """Confidences [T, γ] as traces hold them."""
-    single: npt.NDArray[np.float32] = _kept(
-        anchors, "single confidence", lambda: np.ascontiguousarray(anchors.confidence, dtype=np.float32)
-    )
+    """Confidences [T, γ] as traces hold them; the survivals of nodes [T, n] where trees are replayed."""
+
+    def made() -> npt.NDArray[np.float32]:
+        values = anchors.confidence
+        if anchors.tree is not None:
+            shape = len(values), anchors.tree.num_nodes
+            values = np.full(shape, np.nan) if anchors.tree.survival is None else anchors.tree.survival
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+    single: npt.NDArray[np.float32] = _kept(anchors, "single confidence", made)
     return single
 
 

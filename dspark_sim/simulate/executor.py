@@ -16,6 +16,8 @@ from dspark_sim.errors import UserError
 from dspark_sim.loop import DraftBatch, IntArray, Mode, Prefilled, Verification
 from dspark_sim.request import Request
 from dspark_sim.simulate.acceptance import RecordedAnchors
+from dspark_sim.simulate.tree_replay import RecordedTree
+from dspark_sim.tree_shapes import TreeShape
 
 
 def look_up(anchors: RecordedAnchors, request: Request) -> tuple[int, int, int, int, int]:
@@ -83,12 +85,17 @@ class ReplayExecutor:
     @property
     def block_size(self) -> int:
         """Most tokens drafted per round."""
-        return self.anchors.block_size
+        return self.anchors.round_size
+
+    @property
+    def tree(self) -> TreeShape | None:
+        """Shape of the drafts; ``None`` for chains."""
+        return None if self.anchors.tree is None else self.anchors.tree.shape
 
     @property
     def has_confidence(self) -> bool:
-        """Whether confidences were recorded."""
-        return self.anchors.has_confidence
+        """Whether confidences, or survivals of a tree's nodes, were recorded."""
+        return self.anchors.estimates
 
     @property
     def mode(self) -> Mode:
@@ -124,6 +131,8 @@ class ReplayExecutor:
     def draft(self, requests: Sequence[Request], draft_len: int) -> DraftBatch:
         """The recorded blocks of every request's anchor, cut to `draft_len` and to the remaining length - 1."""
         batch = self._round(requests)
+        if self.anchors.tree is not None:
+            return self._trees(self.anchors.tree, batch, draft_len)
         draft_lens = np.minimum(self.anchors.draft_len[batch.rows], draft_len)
         draft_lens = np.minimum(draft_lens, batch.max_tokens - batch.num_generated - 1)
         return DraftBatch(
@@ -136,6 +145,21 @@ class ReplayExecutor:
             handle=batch,
         )
 
+    def _trees(self, tree: RecordedTree, batch: _Round, draft_len: int) -> DraftBatch:
+        num_requests = len(batch.rows)
+        parents = tree.parents
+        survival = np.full((num_requests, draft_len), np.nan)
+        if tree.survival is not None:
+            survival = tree.survival[batch.rows, :draft_len]
+        return DraftBatch(
+            draft_lens=tree.drafted(batch.rows, draft_len, batch.max_tokens - batch.num_generated - 1),
+            confidence=survival,
+            spans={"draft": self.cost.draft_seconds(num_requests, draft_len, batch.context_tokens)},
+            handle=batch,
+            survival=survival,
+            parents=None if parents is None else np.broadcast_to(parents[:draft_len], (num_requests, draft_len)),
+        )
+
     def verify(self, requests: Sequence[Request], drafts: DraftBatch, verify_lens: IntArray) -> Verification:
         """Accept what was accepted in the recording, as far as it is verified.
 
@@ -143,13 +167,14 @@ class ReplayExecutor:
         """
         self._last_was_prefill = False
         batch = drafts.handle if isinstance(drafts.handle, _Round) else self._round(requests)
-        num_accepted = np.minimum(verify_lens, self.anchors.num_accepted[batch.rows])
+        num_accepted = self.anchors.accepted(batch.rows, verify_lens)
         longest = np.minimum(batch.output_len, batch.max_tokens)
         num_emitted = np.minimum(num_accepted + 1, longest - batch.num_generated)
         stopped = (batch.num_generated + num_emitted == batch.output_len) & (batch.stops == 1)
         batch_tokens = len(requests) + int(verify_lens.sum())
         seconds = self.cost.step_seconds(batch_tokens, batch.context_tokens, len(requests))
-        return Verification(num_accepted, num_emitted, stopped, {"verify": seconds}, batch_tokens)
+        path = None if self.anchors.tree is None else self.anchors.tree.node_rank[batch.rows]
+        return Verification(num_accepted, num_emitted, stopped, {"verify": seconds}, batch_tokens, path)
 
     def release(self, request: Request) -> None:
         """Forget a request that finished or was preempted."""

@@ -74,7 +74,7 @@ class ArrayRounds:
         assert load is not None
         rows, tables = batch.column(ROW), self.tables
         num = len(rows)
-        drafted = np.minimum(batch.column(ROOM), tables.draft_lens(rows, draft_len))
+        drafted = tables.drafted(rows, draft_len, batch.column(ROOM))
         survival = tables.survival(rows, draft_len, drafted) if self.looks else tables.blank(num, draft_len)
         verify = np.minimum(self.controller.verify_lens(load, survival), drafted)
         accepted = tables.accepted(rows, verify)

@@ -33,6 +33,7 @@ from dspark_sim.simulate.processes import LeastOutstandingTokens, RoundRobin, Se
 from dspark_sim.simulate.synthetic import SyntheticAcceptance
 from dspark_sim.simulate.synthetic_anchors import as_anchors
 from dspark_sim.trace import Trace
+from dspark_sim.tree_shapes import TreeShape
 from dspark_sim.workload import ClosedLoop, Workload
 
 RouterName = Literal["round_robin", "least_outstanding_tokens"]
@@ -50,6 +51,7 @@ def simulate(
     *,
     num_requests: int | None = None,
     block_size: int | None = None,
+    tree: TreeShape | None = None,
     scheduler: SchedulerConfig | None = None,
     allow_biased: bool = False,
     noise_seed: int | None = None,
@@ -79,7 +81,10 @@ def simulate(
         Requests to serve: the recorded ones in their order, repeated from the start when more are asked for;
         ``None`` means every recorded one once. A law needs the number.
     block_size
-        Most drafted tokens per round; ``None`` keeps the recorded size.
+        Most drafted tokens per round of chains; ``None`` keeps the recorded size.
+    tree
+        Shape of the drafts, of the recorded kind or narrower (`RecordedAnchors.with_tree`); ``None`` keeps what was
+        recorded.
     scheduler
         The server's limits. By default as many requests run at once as a closed loop has users (an open loop: the
         default of `SchedulerConfig`), and the KV cache holds all of them.
@@ -121,12 +126,13 @@ def simulate(
         were not recorded, or no request fits the server (one among others is refused: its `finish_reason` says so).
     """
     whole = as_anchors(recorded, num_requests, seed)
-    anchors = whole if block_size is None else whole.restricted(block_size)
+    anchors = whole.with_tree(tree)
+    anchors = anchors if block_size is None else anchors.restricted(block_size)
     if num_replicas < 1:
         raise UserError(f"num_replicas is {num_replicas}; give at least 1")
     workload = workload.reseeded(seed)
     requests = _requests(anchors, len(anchors.request_prompts) if num_requests is None else num_requests, workload, mix)
-    limits = scheduler or _ample(requests, workload, anchors.block_size)
+    limits = scheduler or _ample(requests, workload, anchors.round_size)
     recorders = [ArrayRecorder(detail) for _ in range(num_replicas)]
     tables = BlockTables.of(anchors, policy)
     kernels = _kernels(backend, len(requests))
@@ -148,7 +154,7 @@ def simulate(
         _run(loops, router, requests, workload, bar)
     if all(request.finish_reason == "refused" for request in requests):
         # The plain scheduler says why, in one sentence.
-        Scheduler(replace(limits, enable_chunked_prefill=False), anchors.block_size).check(requests[0])
+        Scheduler(replace(limits, enable_chunked_prefill=False), anchors.round_size).check(requests[0])
     config = {
         "source": "simulate",
         "mode": anchors.mode,
@@ -161,7 +167,8 @@ def simulate(
         "mix": None if mix is None else mix.describe(),
         "num_requests": len(requests),
         "block_size": anchors.block_size,
-        "has_confidence": anchors.has_confidence,
+        "tree": "chain" if anchors.tree is None else anchors.tree.shape.label(),
+        "has_confidence": anchors.estimates,
         "scheduler": asdict(limits),
         "num_replicas": num_replicas,
         "router": router,

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dspark_sim.engine.timing import SpanTimer
+from dspark_sim.tree import TreeBatch
+from dspark_sim.tree_shapes import TreeShape
 
 if TYPE_CHECKING:
     from dspark_sim.engine.drafters.choose import DraftRule
+    from dspark_sim.engine.drafters.grow import ChildLaws
+    from dspark_sim.engine.drafters.network import DraftNetwork
 
 IntArray = npt.NDArray[np.int64]
 
@@ -53,6 +57,10 @@ class Drafted:
         [R, k, Vd] float32 law of each draft on the device, or ``None`` when drafts are deterministic.
     draft_prob
         [R, k] the drafter's probability of each token, or ``None`` when not asked for.
+    trees
+        Where the proposals are trees: their nodes, whose tokens `tokens` are.
+    laws
+        What the nodes of trees were drawn from, or ``None``.
     """
 
     tokens: IntArray
@@ -60,6 +68,8 @@ class Drafted:
     confidence: npt.NDArray[np.float64] | None = None
     probs: torch.Tensor | None = None
     draft_prob: npt.NDArray[np.float64] | None = None
+    trees: TreeBatch | None = None
+    laws: ChildLaws | None = None
 
 
 class Drafter(Protocol):
@@ -84,4 +94,23 @@ class Drafter(Protocol):
         timer: SpanTimer,
     ) -> Drafted:
         """Propose min(draft_len, limits) tokens for each request, chosen by `rule`."""
+        ...
+
+
+@runtime_checkable
+class TreeDrafter(Drafter, Protocol):
+    """A drafter that offers several candidates."""
+
+    network: DraftNetwork
+
+    def draft_trees(
+        self,
+        states: Sequence[SequenceState],
+        shape: TreeShape,
+        draft_len: int,
+        limits: IntArray,
+        rule: DraftRule,
+        timer: SpanTimer,
+    ) -> Drafted:
+        """Propose the first `draft_len` nodes of trees of a fitted shape, up to the first deeper than `limits` [R]."""
         ...

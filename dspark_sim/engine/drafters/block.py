@@ -15,12 +15,15 @@ import torch
 from dspark_sim.engine.attention import RaggedBatch, attend
 from dspark_sim.engine.drafters import Drafted, IntArray, SequenceState
 from dspark_sim.engine.drafters.block_model import BlockDrafter
+from dspark_sim.engine.drafters.candidates import CandidateRule
 from dspark_sim.engine.drafters.choose import Confidence, DraftRule
+from dspark_sim.engine.drafters.grow import grow_trees, in_order, shortened, tree_depth
 from dspark_sim.engine.drafters.heads import run_head
 from dspark_sim.engine.drafters.pending import PendingFeatures
 from dspark_sim.engine.drafters.walk import BlockWalk
 from dspark_sim.engine.kv_cache import SlotCache
 from dspark_sim.engine.timing import SpanTimer
+from dspark_sim.tree_shapes import TreeShape
 
 
 class RaggedBlockDrafter:
@@ -85,28 +88,54 @@ class RaggedBlockDrafter:
         shorter block would draft other tokens.
         """
         with timer.span("draft"):
-            self._extend_context()
-            positions = np.array([state.position for state in states])
-            batch = RaggedBatch(
-                self._cache,
-                np.array([state.slot for state in states]),
-                positions,
-                np.full(len(states), self._num_slots),
-                self._device,
-                causal=False,
-            )
-            anchors = torch.tensor([state.tokens[-1] for state in states], device=self._device)
-            hidden = self.network.backbone(
-                self.network.block_tokens(anchors).flatten(),
-                batch.positions,
-                lambda layer, q, k, v: attend(batch, layer, q, k, v, self._scale),
-            ).view(len(states), self._num_slots, -1)[:, :draft_len]
+            positions, anchors, hidden = self._hidden(states, draft_len)
         with timer.span("head"):
             ids = np.array([state.request_id for state in states])
             choose = rule.choose(ids, positions, self.network.draft_token_ids)
             walk = BlockWalk(self.network, hidden)
             out = run_head(self.network, walk, anchors, draft_len, choose, self.confidence, with_prob=rule.with_prob)
             return out.drafted(limits)
+
+    @torch.inference_mode()
+    def draft_trees(
+        self,
+        states: Sequence[SequenceState],
+        shape: TreeShape,
+        draft_len: int,
+        limits: IntArray,
+        rule: DraftRule,
+        timer: SpanTimer,
+    ) -> Drafted:
+        """Backbone as for a chain; candidates, heads and the building of trees are the span ``head``."""
+        shape = shortened(shape, draft_len)
+        with timer.span("draft"):
+            positions, anchors, hidden = self._hidden(states, tree_depth(shape))
+        with timer.span("head"):
+            ids = np.array([state.request_id for state in states])
+            candidates = CandidateRule(rule, ids, positions, self.network.draft_token_ids, shape.num_candidates)
+            walk = BlockWalk(self.network, hidden)
+            grown = grow_trees(self.network, walk, anchors, shape, candidates, self.confidence)
+            return in_order(grown, draft_len, limits)
+
+    def _hidden(self, states: Sequence[SequenceState], num_slots: int) -> tuple[IntArray, torch.Tensor, torch.Tensor]:
+        """Anchors' positions [R] and tokens [R], and the first slots' hidden states [R, num_slots, d]."""
+        self._extend_context()
+        positions = np.array([state.position for state in states])
+        batch = RaggedBatch(
+            self._cache,
+            np.array([state.slot for state in states]),
+            positions,
+            np.full(len(states), self._num_slots),
+            self._device,
+            causal=False,
+        )
+        anchors = torch.tensor([state.tokens[-1] for state in states], device=self._device)
+        hidden = self.network.backbone(
+            self.network.block_tokens(anchors).flatten(),
+            batch.positions,
+            lambda layer, q, k, v: attend(batch, layer, q, k, v, self._scale),
+        )
+        return positions, anchors, hidden.view(len(states), self._num_slots, -1)[:, :num_slots]
 
     def _extend_context(self) -> None:
         pending = self._pending.take(self._device)

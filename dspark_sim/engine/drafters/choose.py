@@ -133,14 +133,27 @@ class Confidence:
             self.require_slots(num_slots)
         return (estimates.logit() / estimates.new_tensor(self.temperatures[:num_slots])).sigmoid()
 
+    def calibrate_slot(self, estimates: torch.Tensor, slot: int) -> torch.Tensor:
+        """Estimates [N] of one slot, from 0, at its temperature; as `calibrate` has them."""
+        if not self.temperatures:
+            return estimates
+        if slot >= len(self.temperatures):
+            self.require_slots(slot + 1)
+        return (estimates.logit() / estimates.new_tensor(self.temperatures[slot])).sigmoid()
+
     def estimate(
         self, network: DraftNetwork, hidden: torch.Tensor, embedding: torch.Tensor | None, logits: torch.Tensor
     ) -> torch.Tensor | None:
         """[N] estimates, or ``None`` where the drafter has no confidence head and `kind` asks for it."""
         if self.kind == "head":
-            judged = network.confidence_logits(hidden, embedding)
-            return None if judged is None else judged.float().sigmoid()
+            return self.from_head(network, hidden, embedding)
         if self.kind == "top1":
             return logits.float().softmax(dim=-1).amax(dim=-1)
         top = logits.float().topk(2, dim=-1).values
         return (self.intercept + self.slope * (top[..., 0] - top[..., 1])).sigmoid()
+
+    @staticmethod
+    def from_head(network: DraftNetwork, hidden: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor | None:
+        """[N] estimates of the confidence head; ``None`` without one."""
+        judged = network.confidence_logits(hidden, embedding)
+        return None if judged is None else judged.float().sigmoid()

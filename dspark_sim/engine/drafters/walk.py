@@ -46,6 +46,25 @@ class Slots:
         )
 
 
+@dataclass(slots=True, eq=False)
+class Branch:
+    """What the drafter says where its ways go on; logits of as many of them as fit into memory.
+
+    Parameters
+    ----------
+    hidden
+        [M, d].
+    embedding
+        [M, r], or ``None``; see `Slots`.
+    logits
+        From numbers [m] of ways to theirs, [m, Vd].
+    """
+
+    hidden: torch.Tensor
+    embedding: torch.Tensor | None
+    logits: Callable[[torch.Tensor], torch.Tensor]
+
+
 class Walk(Protocol):
     """One block per row, from the first slot on."""
 
@@ -68,6 +87,20 @@ class Walk(Protocol):
 
     def along(self, previous: torch.Tensor) -> Slots:
         """Slots [N, k, ...] along known tokens before them [N, k]."""
+        ...
+
+    def branch(self, rows: torch.Tensor, parents: torch.Tensor | None, previous: torch.Tensor) -> Branch:
+        """Go to the next slot of every row at once by many ways: a walk either steps or branches.
+
+        Parameters
+        ----------
+        rows
+            [M], the row that each way is of.
+        parents
+            [M], which way of the last call each one goes on from; ``None`` at the first slot.
+        previous
+            [M] token ids before the slot.
+        """
         ...
 
 
@@ -93,6 +126,7 @@ class BlockWalk:
         self.base = network.base_logits(hidden) if base is None else base
         self._slot = 0
         self._state: torch.Tensor | None = None
+        self._states: torch.Tensor | None = None
 
     def step(self, previous: torch.Tensor, rows: torch.Tensor | None = None) -> Slots:
         """Go to the next slot; see `Walk`."""
@@ -115,3 +149,16 @@ class BlockWalk:
         base, hidden = self.base[:, : previous.shape[1]], self.hidden[:, : previous.shape[1]]
         embedding = self.network.previous_embedding(previous)
         return Slots(self.network.block_logits(base, hidden, embedding), hidden, embedding)
+
+    def branch(self, rows: torch.Tensor, parents: torch.Tensor | None, previous: torch.Tensor) -> Branch:
+        """Go to the next slot by many ways, which only the sequential head tells apart; see `Walk`."""
+        slot, head = self._slot, self.network.markov_head
+        self._slot += 1
+        hidden, base = self.hidden[rows, slot], self.base[:, slot]
+        if head is None:
+            return Branch(hidden, None, lambda part: base[rows[part]])
+        embedding = self.network.previous_embedding(previous)
+        assert embedding is not None
+        state = None if self._states is None or parents is None else self._states[parents]
+        feature, self._states = head.feature(hidden, embedding, state)
+        return Branch(hidden, embedding, lambda part: head.logits(base[rows[part]], feature[part]))
