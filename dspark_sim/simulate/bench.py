@@ -55,7 +55,7 @@ class BenchPoint:
     output_len
         Output tokens of each request; its prompt has 1,000.
     repeats
-        Runs, of which the fastest counts.
+        Runs, of which the fastest counts; the first also loads the compiled kernels.
     """
 
     policy: BenchPolicy
@@ -70,7 +70,7 @@ class BenchPoint:
 GROWTH: tuple[BenchPoint, ...] = (
     *(BenchPoint(policy) for policy in ("none", "fixed", "prefix", "lagged")),
     *(
-        BenchPoint(policy, num_requests=num, detail="requests", repeats=1 if num == 100_000 else 3)
+        BenchPoint(policy, num_requests=num, detail="requests", repeats=2 if num == 100_000 else 3)
         for policy in ("fixed", "prefix")
         for num in (1_000, 10_000, 100_000)
     ),

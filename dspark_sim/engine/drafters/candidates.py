@@ -10,8 +10,7 @@ drafter's law q at the slot:
 * ``rejection``: tokens drawn from q without replacement, one after the other (the best of a race with noise of the
   drafter's own; Kool et al. 2019). Shares must not look at drawn tokens: candidate j gets q's j-th largest value.
 
-An estimate c of P(accept the first candidate) replaces its share, and the others are scaled alike, but never so that
-they sum to more than 1.
+An estimate c of P(accept the first candidate) replaces its share, and the others share the 1 - c that is left.
 """
 
 from __future__ import annotations
@@ -149,8 +148,13 @@ def _scores(law: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def with_confidence(shares: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
-    """Shares [M, K] at an estimate [M] of P(accept the first candidate); ``None`` changes nothing."""
+    """Shares [M, K] at an estimate [M] of P(accept the first candidate); ``None`` changes nothing.
+
+    The others share what the first leaves over, as they do by the drafter's own shares, but none has more than the
+    first. No share depends on how many candidates are looked at, so a narrower tree has the survivals of a wider one.
+    """
     if confidence is None:
         return shares
-    scale = torch.minimum(confidence.double() / shares[:, 0], 1.0 / shares.sum(dim=-1))
-    return (shares * scale[:, None]).clamp(min=_LEAST_SHARE)
+    first = confidence.double()[:, None]
+    rest = (shares / (1.0 - shares[:, :1]).clamp(min=_LEAST_SHARE)).clamp(max=1.0) * (1.0 - first)
+    return torch.cat((first, torch.minimum(rest, first)[:, 1:]), dim=1).clamp(min=_LEAST_SHARE)
