@@ -194,9 +194,16 @@ def test_a_recording_replays_another_width_and_budget(drafter: str, wide: str, n
     anchored = toy_replay.anchored(made, live(made, Fixed(num), mode, 20, num_tokens=14), mode, params(mode))
     other = toy(drafter, narrow)
     num = other.executor(mode, params(mode)).block_size
-    again = live(other, Fixed(num), mode, 20, num_tokens=14, max_num_seqs=7)
     shape = parse_tree(narrow).fitted(BLOCK_SIZE)
-    same(again, toy_replay.replay(anchored, Fixed(num), shape), with_paths=narrow != "chain")
+    policies = [Fixed(num)]
+    if "chain" not in (wide, narrow) and not narrow.startswith("sequoia"):
+        # All nodes of the narrow tree are among the recorded ones, and so are their survivals.
+        policies.append(PrefixScheduler(toy_replay.COST))
+    for policy in policies:
+        # Another number of running requests, except for a policy that looks at it.
+        limits = {"max_num_seqs": 7} if isinstance(policy, Fixed) else {}
+        again = live(other, policy, mode, 20, num_tokens=14, **limits)
+        same(again, toy_replay.replay(anchored, policy, shape), with_paths=narrow != "chain")
 
 
 def test_a_draft_vocabulary_bounds_the_candidates() -> None:
