@@ -243,7 +243,13 @@ def test_ctrl_c_ends_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
     script(scripts, "fig2_slow", '(out / "pid.txt").write_text(str(__import__("os").getpid())); time.sleep(60)')
     command = [sys.executable, "-m", "dspark_sim", "figures", "--all", "--scripts", str(scripts), "--out", str(out)]
     process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite started in the background passes on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
     while not (out / "pid.txt").is_file() or not (out / "pid.txt").read_text():

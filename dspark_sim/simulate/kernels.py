@@ -6,9 +6,11 @@ They can be read, and tested, without numba. `compiled` says what they are for.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +39,41 @@ def has_numba() -> bool:
 
 @lru_cache(maxsize=1)
 def compiled_kernels() -> Kernels:
-    """The kernels as machine code. numba keeps it on disk; the first call ever takes some seconds."""
-    from numba import njit
+    """The kernels as machine code. numba keeps it on disk; the first call ever takes some seconds.
 
-    compile_ = njit(cache=True)
-    return Kernels(compile_(_play), compile_(_admit), compile_(_grow), compile_(_sweep))
+    Ctrl-C waits until all are there: the compiler does not survive it.
+    """
+    from numba import njit, types
+
+    def array(item: Any, dimensions: int, *, written: bool = False) -> Any:
+        return types.Array(item, dimensions, "C", readonly=not written)
+
+    whole, real = types.int64, types.float64
+    state, ints, work = array(whole, 2, written=True), array(whole, 1), array(whole, 1, written=True)
+    record = array(types.int32, 2, written=True)
+    play = (state, whole, whole, ints, ints, ints, whole, record, whole)
+    admit = (state, whole, whole, array(real, 2), ints, array(real, 1), work, work, array(real, 1, written=True))
+    grow, sweep = (state, whole, whole, whole), (state, whole, state)
+    with _interrupts_later():
+        return Kernels(
+            njit(play, cache=True)(_play),
+            njit(admit, cache=True)(_admit),
+            njit(grow, cache=True)(_grow),
+            njit(sweep, cache=True)(_sweep),
+        )
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def plain_kernels() -> Kernels:
