@@ -65,3 +65,21 @@ def test_block_size_refuses_a_missing_recording_in_one_sentence(tmp_path: Path) 
     result = run("block_size.py", "--trace", missing, "--cost", missing)
     assert result.returncode != 0
     assert result.stderr.startswith("block_size: no trace at") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.model
+def test_tree_width(tmp_path: Path) -> None:
+    done = run("tree_width.py", "--scale", "smoke", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_csv(tmp_path / "tree_width.csv")
+    assert (tmp_path / "tree_width.png").stat().st_size > 10_000
+    fixed = frame[frame["budget"] > 0].set_index(["kind", "budget", "concurrency"])["mean_acceptance_length"]
+    # With as many nodes, a best-first tree loses at most what its estimates mislead it by; more nodes never hurt.
+    for kind in ("factorised", "markov", "sequoia"):
+        assert fixed[kind, 2, 1] <= fixed[kind, 7, 1] <= fixed[kind, 12, 1] and fixed[kind, 7, 1] == fixed[kind, 7, 4]
+    live = pd.read_csv(tmp_path / "tree_live.csv")
+    assert (live["rounds equal"].astype(str).isin(["True", "yes"])).all() and len(live) == 8
+    # From the recordings and costs of the first run: the same table.
+    again = run("tree_width.py", "--scale", "smoke", "--out", str(tmp_path))
+    assert again.returncode == 0, again.stderr
+    pd.testing.assert_frame_equal(frame, pd.read_csv(tmp_path / "tree_width.csv"))
