@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 from dspark_sim.analysis.fidelity import rounds_equal  # noqa: E402
 from dspark_sim.cost import CostModel, Curve  # noqa: E402
+from dspark_sim.engine.bench import tree_build_share, tree_over_chain  # noqa: E402
 from dspark_sim.engine.serve import Engine  # noqa: E402
 from dspark_sim.policy import Fixed, PrefixScheduler  # noqa: E402
 from dspark_sim.simulate.run import simulate  # noqa: E402
@@ -85,3 +86,13 @@ def test_coupled_trees_replay(engine: Engine) -> None:
         )
         verdict = rounds_equal(trace, replayed)
         assert verdict, verdict.message
+
+
+def test_benchmarks_compare_equal_rounds_and_charge_the_build(engine: Engine) -> None:
+    (row,) = tree_over_chain(engine, PROMPTS, max_tokens=8, repeats=1, users=(2,))
+    assert row["same_rounds"] and row["ratio_low"] == row["ratio"] == row["ratio_high"] > 0
+    rows = tree_build_share(engine, PROMPTS, nodes=9, users=2, max_tokens=24)
+    assert [row["tree"].partition(":")[0] for row in rows] == ["best-first", "markov", "sequoia", "dynamic"]
+    for row in rows:
+        assert row["head_and_build_ms"] + row["backbone_ms"] < row["step_ms"]
+        assert 0 < row["head_and_build_share"] < 1 and 2 < row["batch_tokens"] <= 2 * (1 + 9)

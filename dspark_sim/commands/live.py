@@ -163,26 +163,26 @@ class FitMargin:
 
 @dataclass(frozen=True)
 class Bench:
-    """How fast the simulator is, the engine's ratio to transformers' `generate`, and what recording costs."""
+    """The simulator's speed, the engine's ratio to transformers' `generate`, what recording and trees cost."""
 
-    part: Literal["all", "simulator", "engine"] = "all"
+    part: Literal["all", "simulator", "engine", "trees"] = "all"
     """What to measure."""
     quick: bool = False
     """The simulator at two points instead of all (some minutes)."""
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
     per_domain: int = 2
-    """Bundled prompts of each domain, for the engine."""
+    """Bundled prompts of each domain, for engine and trees."""
     max_tokens: int = 32
-    """Output tokens per prompt, for the engine."""
+    """Output tokens per prompt, for engine and trees."""
     repeats: int = 5
-    """Alternating repeats of the engine's ratio."""
+    """Alternating repeats of the ratios."""
     json: Path | None = None
     """Also write the tables as JSON rows here, the simulator's first."""
 
     def run(self) -> None:
         """Run it."""
         rows = []
-        if self.part != "engine":
+        if self.part in ("all", "simulator"):
             from dspark_sim.simulate.bench import GROWTH, QUICK, bench_simulator
 
             print("The simulator: whole calls, users who ask again at once, 1,000 prompt and 250 output tokens")
@@ -190,8 +190,10 @@ class Bench:
             formats = {"us_per_iteration": ".1f", "ms_per_request": ".3f", "iterations_per_second": ",.0f"}
             print_table(found, None, {**formats, "peak_memory_mib": ",.0f"})
             rows.append(found.assign(benchmark="simulator"))
-        if self.part != "simulator":
+        if self.part in ("all", "engine"):
             rows += self._engine()
+        if self.part in ("all", "trees"):
+            rows += self._trees()
         if self.json is not None:
             write_rows(pd.concat(rows), self.json)
 
@@ -208,3 +210,17 @@ class Bench:
         overhead = pd.DataFrame(recording_overhead(engine, prompts, self.max_tokens, min(self.repeats, 3)))
         print_table(overhead, None, {"recording_fraction": ".3%", "recording_fraction_high": ".3%"})
         return [ratio.assign(benchmark="generate"), overhead.assign(benchmark="recording")]
+
+    def _trees(self) -> list[pd.DataFrame]:
+        from dspark_sim.engine.bench import tree_build_share, tree_over_chain
+        from dspark_sim.workload import bundled_prompts
+
+        prompts = bundled_prompts(per_domain=self.per_domain)
+        engine = self.model.load(16)
+        print("\nA tree of width 1 against the chain (ratio above 1: the tree is slower)")
+        ratio = pd.DataFrame(tree_over_chain(engine, prompts, self.max_tokens, self.repeats))
+        print_table(ratio)
+        print("\nBuilding trees of 64 nodes, all verified")
+        shares = pd.DataFrame(tree_build_share(engine, prompts))
+        print_table(shares, None, {"head_and_build_share": ".1%"})
+        return [ratio.assign(benchmark="tree_over_chain"), shares.assign(benchmark="tree_build")]

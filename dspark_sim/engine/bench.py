@@ -16,6 +16,8 @@ from tqdm import tqdm
 from dspark_sim.engine.models import EMBEDDED, embedded_model_folder
 from dspark_sim.engine.serve import Engine
 from dspark_sim.policy import Fixed
+from dspark_sim.trace import Trace
+from dspark_sim.tree_shapes import FixedWidth, TreeShape
 from dspark_sim.workload import ClosedLoop, Prompt
 
 
@@ -93,6 +95,71 @@ def recording_overhead(
             "recording_fraction_high": float((recording / total).max()),
         }
     ]
+
+
+def tree_over_chain(
+    engine: Engine, prompts: Sequence[Prompt], max_tokens: int = 32, repeats: int = 3, users: Sequence[int] = (1, 4)
+) -> list[dict[str, Any]]:
+    """A tree of width 1, drafted and verified by the code of trees, against the chain of the same length.
+
+    Returns
+    -------
+    list
+        A row per number of users: seconds of each (median), the ratio tree / chain (median, low, high), and whether
+        outputs and accepted counts were the same.
+    """
+    gamma, rows = engine.block_size, []
+    prompts = list(prompts)[: max(users)]
+    for count in users:
+        traces: dict[str, Trace] = {}
+
+        def run(name: str, tree: TreeShape | None, count: int = count, traces: dict[str, Trace] = traces) -> None:
+            traces[name] = engine.record(
+                prompts, Fixed(gamma), ClosedLoop(count), max_tokens=max_tokens, tree=tree, progress=False
+            )
+
+        runs = {"tree": lambda run=run: run("tree", FixedWidth(1, gamma)), "chain": lambda run=run: run("chain", None)}
+        for one in runs.values():
+            one()
+        seconds = _alternate(runs, repeats)
+        found, wanted = (_rounds(traces[name]) for name in ("tree", "chain"))
+        rows.append({"users": count, **_ratio("tree", "chain", seconds), "same_rounds": found == wanted})
+    return rows
+
+
+def tree_build_share(
+    engine: Engine, prompts: Sequence[Prompt], nodes: int = 64, users: int = 16, max_tokens: int = 16
+) -> list[dict[str, Any]]:
+    """What finding candidates and building trees takes of an iteration, greedy, with whole trees verified.
+
+    Returns
+    -------
+    list
+        A row per shape that the drafter can grow: milliseconds of a decode iteration, of its drafter's backbone, and of
+        the heads with candidates and building; the latter's share; and the tokens of its pass.
+    """
+    rows = []
+    dynamic = f"dynamic:8,{engine.block_size},{nodes}"
+    for text in (f"best-first:{nodes}", f"markov:{nodes}", f"sequoia:{nodes}", dynamic):
+        tree = engine.fit_tree(text)
+        trace = engine.record(
+            prompts, Fixed(engine.num_drafts(tree)), ClosedLoop(users), max_tokens=max_tokens, tree=tree,
+            num_requests=users, progress=False,
+        )  # fmt: skip
+        steps = trace.steps[(trace.steps["num_prefill_tokens"] == 0) & (trace.steps["num_running"] == users)]
+        means = steps[["step_seconds", "draft_seconds", "head_seconds", "batch_tokens"]].mean()
+        rows.append(
+            {"tree": text, "users": users, "batch_tokens": means["batch_tokens"]}
+            | {"step_ms": 1e3 * means["step_seconds"], "backbone_ms": 1e3 * means["draft_seconds"]}
+            | {"head_and_build_ms": 1e3 * means["head_seconds"]}
+            | {"head_and_build_share": means["head_seconds"] / means["step_seconds"]}
+        )
+    return rows
+
+
+def _rounds(trace: Trace) -> list[Any]:
+    outputs = [list(map(int, tokens)) for tokens in trace.requests["output_tokens"]]
+    return [outputs, trace.drafts["num_accepted"].tolist()]
 
 
 class _TimedRecorder:
