@@ -178,6 +178,8 @@ def profiled(engine: Engine, size: Scale, most: int, out: Path) -> dict[str, Cos
         **{"sequoia": Sequoia(most), "width": FixedWidth(2, 4 if most >= 30 else 2)},
     }
     engine.warm_up(prompts)
+    for tree in trees.values():
+        engine.record(prompts, Fixed(engine.num_drafts(tree)), ClosedLoop(2), max_tokens=6, tree=tree, progress=False)
     steps: dict[str, list[pd.DataFrame]] = {kind: [] for kind in KINDS}
     passes = [(kind, users, seed) for seed in range(size.passes) for users in size.profiled for kind in KINDS]
     for kind, users, seed in tqdm(passes, desc="profile", unit="pass"):
@@ -221,12 +223,11 @@ def row(
     for name, chain in {"gain": equal, "over_best": best}.items():
         gain = paired_difference(chain, own, "output_len", "e2e_latency", relative=True)
         gains |= {name: gain.estimate, f"{name}_low": gain.low, f"{name}_high": gain.high}
-    decode = run.steps[run.steps["num_prefill_tokens"] == 0]
+    seconds = decode_seconds(run)
     ends = {"estimate": "", "low": "_low", "high": "_high"}
     return {
         **{"kind": kind, "shape": shape, "budget": budget, "concurrency": users},
-        "step_seconds": decode["step_seconds"].mean(),
-        "draft_share": (decode["draft_seconds"] + decode["head_seconds"]).sum() / decode["step_seconds"].sum(),
+        **{"step_seconds": seconds.sum(), "draft_share": seconds["draft"] / seconds.sum()},
         **{f"{name}{ends[end]}": value for name, found in metrics.iterrows() for end, value in found.items()},
         **gains,
     }
@@ -287,9 +288,21 @@ def live_check(
             {"kind": f"{kind}, {policy.verify_len} nodes", "users": users, "rounds equal": bool(verdict)}
             | {"live tokens/s": values["output_throughput"], "simulated": simulated}
             | {"error": f"{simulated / values['output_throughput'] - 1:+.1%}"}
+            | {"live step (ms)": 1e3 * decode_seconds(live).sum(), "simulated step": 1e3 * decode_seconds(twin).sum()}
+            | {
+                "live draft (ms)": 1e3 * decode_seconds(live)["draft"],
+                "simulated draft": 1e3 * decode_seconds(twin)["draft"],
+            }
             | {"acceptance length": values["mean_acceptance_length"]}
         )
     return pd.DataFrame(rows)
+
+
+def decode_seconds(run: Trace) -> pd.Series:
+    """Mean seconds of drafting and of the rest in iterations without prompts."""
+    decode = run.steps[run.steps["num_prefill_tokens"] == 0]
+    draft = decode["draft_seconds"] + decode["head_seconds"]
+    return pd.Series({"draft": draft.mean(), "rest": (decode["step_seconds"] - draft).mean()})
 
 
 def heat_maps(frame: pd.DataFrame, note: str) -> plt.Figure:

@@ -142,10 +142,11 @@ def tree_build_share(
     dynamic = f"dynamic:8,{engine.block_size},{nodes}"
     for text in (f"best-first:{nodes}", f"markov:{nodes}", f"sequoia:{nodes}", dynamic):
         tree = engine.fit_tree(text)
-        trace = engine.record(
-            prompts, Fixed(engine.num_drafts(tree)), ClosedLoop(users), max_tokens=max_tokens, tree=tree,
-            num_requests=users, progress=False,
-        )  # fmt: skip
+        for _ in ("to warm up", "to measure"):
+            trace = engine.record(
+                prompts, Fixed(engine.num_drafts(tree)), ClosedLoop(users), max_tokens=max_tokens, tree=tree,
+                num_requests=users, progress=False,
+            )  # fmt: skip
         steps = trace.steps[(trace.steps["num_prefill_tokens"] == 0) & (trace.steps["num_running"] == users)]
         means = steps[["step_seconds", "draft_seconds", "head_seconds", "batch_tokens"]].mean()
         rows.append(
