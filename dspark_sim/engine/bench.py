@@ -6,6 +6,7 @@ Seconds are wall seconds of whole runs; report medians of the ratios with their 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -118,7 +119,10 @@ def tree_over_chain(
                 prompts, Fixed(gamma), ClosedLoop(count), max_tokens=max_tokens, tree=tree, progress=False
             )
 
-        runs = {"tree": lambda run=run: run("tree", FixedWidth(1, gamma)), "chain": lambda run=run: run("chain", None)}
+        runs: dict[str, Callable[[], None]] = {
+            "tree": partial(run, "tree", FixedWidth(1, gamma)),
+            "chain": partial(run, "chain", None),
+        }
         for one in runs.values():
             one()
         seconds = _alternate(runs, repeats)
