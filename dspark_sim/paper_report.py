@@ -82,7 +82,7 @@ def _section(out: Path, script: str, mark: dict[str, Any]) -> list[str]:
         interval = "-" if low == high == "-" else f"[{low}, {high}]"
         lines.append(f"| {row['quantity']} | {ours} | {interval} | {paper} | {unit or '-'} |")
     if mark["scale"] == "smoke":
-        lines += ["", "Scale `smoke` shows that it runs; where few prompts or runs made it, it is too noisy to compare."]
+        lines += ["", "Scale `smoke` shows that it runs; of few prompts or runs it is too noisy to compare."]
     files = ", ".join(f"[{file}]({file})" for file in mark["files"])
     return [*lines, "", mark["differs"], "", f"Files: {files}."]
 
