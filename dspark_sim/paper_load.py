@@ -70,7 +70,7 @@ SIZES: dict[Scale, LoadSize] = {
 }
 
 
-def load_curves(out: Path, scale: Scale) -> tuple[pd.DataFrame, str]:
+def load_curves(out: Path, scale: Scale) -> tuple[pd.DataFrame, str, str]:
     """Our curves of Figures 7 and 8; recordings, costs and simulated points that are missing are made.
 
     Parameters
@@ -89,6 +89,8 @@ def load_curves(out: Path, scale: Scale) -> tuple[pd.DataFrame, str]:
         which loads of different servers can be compared.
     about
         Target, drafters, prompts and hardware.
+    device
+        Where step seconds were measured.
 
     Raises
     ------
@@ -101,7 +103,8 @@ def load_curves(out: Path, scale: Scale) -> tuple[pd.DataFrame, str]:
     frame = simulated(traces, costs, size.concurrency, size.turns, out / "costs")
     about = setting(traces["dspark"], "DSpark and MTP-1 (γ = 1)")
     device = costs["dspark"].provenance
-    return frame, f"{about}. Step seconds profiled on {device['device']}, {device['num_threads']} threads"
+    about = f"{about}. Step seconds profiled on {device['device']}, {device['num_threads']} threads"
+    return frame, about, str(device["device"])
 
 
 def simulated(

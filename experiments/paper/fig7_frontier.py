@@ -16,7 +16,7 @@ from dspark_sim.reference import curve, load
 
 
 def make(scale: Scale, out: Path) -> PaperFigure:
-    table, about = load_curves(out, scale)
+    table, about, device = load_curves(out, scale)
     comparison = compare(table)
     return PaperFigure(
         name="fig7_frontier",
@@ -25,7 +25,7 @@ def make(scale: Scale, out: Path) -> PaperFigure:
         table=table,
         comparison=comparison,
         setting=f"{about}. The paper's are production servers, per GPU, γ = 5",
-        differs=differs(comparison),
+        differs=differs(comparison, table, device),
     )
 
 
@@ -81,13 +81,15 @@ def gain(table, speed, kind, served="dspark"):
     return 100 * (by_interpolation(rate, ours, "output_throughput", across) / speed - 1)
 
 
-def differs(comparison: pd.DataFrame) -> str:
+def differs(comparison: pd.DataFrame, table: pd.DataFrame, device: str) -> str:
     ours = comparison[comparison["quantity"].str.startswith("DSpark: speed")].dropna(subset="ours")
     said = " and ".join(f"{row.ours:+.0f} % (paper {row.paper:+.0f} %)" for row in ours.itertuples())
+    left = 100 * table["mtp1_speed_share"].min()
     return (
         f"At matched throughput DSpark gives each user {said}, in the order of the anchors compared; ours is a 135M "
-        "target with a small drafter on a CPU, whose arithmetic is used up at fewer users. The paper's anchor at "
-        "MTP-1's full speed, with its +661 %, is left out, because a ratio to a server of one user says little."
+        f"target with a small drafter on {device}, where MTP-1's users keep {left:.0f} % of a lone user's speed at the "
+        "largest load. The paper's anchor at MTP-1's full speed, with its +661 %, is left out, because a ratio to a "
+        "server of one user says little."
     )
 
 
