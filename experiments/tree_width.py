@@ -86,27 +86,8 @@ def main(
     engine = Engine.load(drafter=drafter, max_num_seqs=max(size.profiled), max_model_len=1024)
     recordings = recorded(engine, size, most, out)
     costs = profiled(engine, size, most, out)
-    rows, runs = [], {}
-    gamma, rates = engine.block_size, rates_by_rank(recordings["chain"])
-    grid = [(kind, shape, n) for n in size.concurrency for kind, shape in shapes(size, rates, gamma)]
-    anchors = {kind: RecordedAnchors.from_trace(trace) for kind, trace in recordings.items()}
-    for kind, shape, users in tqdm(grid, desc="simulate", unit="run"):
-        budget = shape if isinstance(shape, int) else shape.num_nodes
-        tree = None if isinstance(shape, int) else shape
-        source = anchors[kind if kind in anchors else "chain"]
-        run = replay(source, Fixed(budget), costs[kind], users, tree)
-        runs[kind, budget, users] = per_request(run)
-        against = runs["chain", max(b for b in (*size.budgets, gamma) if b <= min(budget, gamma)), users]
-        rows.append(
-            row(kind, label(shape), budget, users, run, runs[kind, budget, users], against, best_chain(runs, users))
-        )
-    for kind in ("chain", "factorised", "markov"):
-        for users in size.concurrency:
-            tree = None if kind == "chain" else best_first(kind, most)
-            run = replay(anchors[kind], PrefixScheduler(costs[kind]), costs[kind], users, tree)
-            chains = runs["chain", gamma, users], best_chain(runs, users)
-            rows.append(row(kind, "scheduled", -1, users, run, per_request(run), *chains))
-    frame = pd.DataFrame(rows)
+    rates = rates_by_rank(recordings["chain"])
+    frame = swept(size, recordings, costs, rates, engine.block_size)
     note = (
         f"Target {engine.target.name}, drafter {engine.drafter_name}, T = 0, {3 * size.per_domain} prompts, "
         f"{size.max_tokens} output tokens at most; {engine.hardware['device']}, "
@@ -140,10 +121,32 @@ def shapes(size: Scale, rates: Any, gamma: int) -> list[tuple[str, int | TreeSha
     return trees
 
 
-def best_chain(runs: dict[tuple[str, int, int], pd.DataFrame], users: int) -> pd.DataFrame:
-    """Of the chains simulated so far, which are all once a tree is, that of the most tokens per second."""
-    chains = [own for (kind, _, at), own in runs.items() if kind == "chain" and at == users]
-    return max(chains, key=lambda own: run_intervals(own).loc["output_throughput", "estimate"])
+def swept(
+    size: Scale, recordings: dict[str, Trace], costs: dict[str, CostModel], rates: Any, gamma: int
+) -> pd.DataFrame:
+    """Every kind, budget and load replayed: its measures, and its throughput over two chains'."""
+    anchors = {kind: RecordedAnchors.from_trace(trace) for kind, trace in recordings.items()}
+    grid = [(kind, shape, users) for users in size.concurrency for kind, shape in shapes(size, rates, gamma)]
+    runs: dict[tuple[str, str, int, int], tuple[pd.DataFrame, pd.Series]] = {}
+    for kind, shape, users in tqdm(grid, desc="simulate", unit="run"):
+        budget = shape if isinstance(shape, int) else shape.num_nodes
+        tree = None if isinstance(shape, int) else shape
+        run = replay(anchors.get(kind, anchors["chain"]), Fixed(budget), costs[kind], users, tree)
+        runs[kind, label(shape), budget, users] = per_request(run), decode_seconds(run)
+    for kind in anchors:
+        for users in size.concurrency:
+            tree = None if kind == "chain" else best_first(kind, max(size.budgets))
+            run = replay(anchors[kind], PrefixScheduler(costs[kind]), costs[kind], users, tree)
+            runs[kind, "scheduled", -1, users] = per_request(run), decode_seconds(run)
+    chains = {(at[2], at[3]): own for at, (own, _) in runs.items() if at[0] == "chain" and at[2] > 0}
+    speeds = {at: run_intervals(own).loc["output_throughput", "estimate"] for at, own in chains.items()}
+    rows = []
+    for (kind, shape, budget, users), (own, seconds) in runs.items():
+        lengths = [length for length, at in chains if at == users]
+        equal = max(length for length in lengths if budget < 0 or length <= budget)
+        best = max(lengths, key=lambda length, at=users: speeds[length, at])
+        rows.append(row(kind, shape, budget, users, own, seconds, chains[equal, users], chains[best, users]))
+    return pd.DataFrame(rows)
 
 
 def label(shape: int | TreeShape) -> str:
@@ -208,22 +211,15 @@ def replay(
 
 
 def row(
-    kind: str,
-    shape: str,
-    budget: int,
-    users: int,
-    run: Trace,
-    own: pd.DataFrame,
-    equal: pd.DataFrame,
+    kind: str, shape: str, budget: int, users: int, own: pd.DataFrame, seconds: pd.Series, equal: pd.DataFrame,
     best: pd.DataFrame,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measures of a run with intervals, and its throughput over two chains', paired by prompt."""
     metrics = run_intervals(own)
     gains: dict[str, float] = {}
     for name, chain in {"gain": equal, "over_best": best}.items():
         gain = paired_difference(chain, own, "output_len", "e2e_latency", relative=True)
         gains |= {name: gain.estimate, f"{name}_low": gain.low, f"{name}_high": gain.high}
-    seconds = decode_seconds(run)
     ends = {"estimate": "", "low": "_low", "high": "_high"}
     return {
         **{"kind": kind, "shape": shape, "budget": budget, "concurrency": users},

@@ -77,7 +77,12 @@ def test_tree_width(tmp_path: Path) -> None:
     # With as many nodes, a best-first tree loses at most what its estimates mislead it by; more nodes never hurt.
     for kind in ("factorised", "markov", "sequoia"):
         assert fixed[kind, 2, 1] <= fixed[kind, 7, 1] <= fixed[kind, 12, 1] and fixed[kind, 7, 1] == fixed[kind, 7, 4]
+    for _, chains in frame[(frame["kind"] == "chain") & (frame["budget"] > 0)].groupby("concurrency"):
+        fastest = chains["output_throughput"] == chains["output_throughput"].max()
+        assert ((chains["over_best"] == 0) == fastest).all()
+    assert (frame.loc[frame["kind"] == "chain", "gain"].iloc[0] == 0) and frame["draft_share"].between(0, 1).all()
     live = pd.read_csv(tmp_path / "tree_live.csv")
+    assert (live["simulated step"] > live["simulated draft"]).all() and (live["live step (ms)"] > 0).all()
     assert (live["rounds equal"].astype(str).isin(["True", "yes"])).all() and len(live) == 8
     # From the recordings and costs of the first run: the same table.
     again = run("tree_width.py", "--scale", "smoke", "--out", str(tmp_path))

@@ -1,6 +1,7 @@
 """Our engine under load for Figures 7 and 8: simulated from recordings and costs, and read against the paper's."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_a_curve_is_not_read_beyond_its_ends():
     line = pd.DataFrame({"x": [3.0, 1.0], "y": [30.0, 10.0]})
     assert by_interpolation(2.0, line, "x", "y") == 20.0
     assert np.isnan(by_interpolation(3.1, line, "x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.34, "(a card) is full at 4 users"), (0.57, "(a card) is not full at 4")]
+)
+def test_the_sentences_name_the_machine_and_whether_it_is_full(tmp_path, inputs, share, said):
+    frame = simulated(*inputs, USERS, 3, tmp_path)
+    frame.loc[frame["concurrency_requests"] == 4, "mtp1_speed_share"] = share
+    names = runpy.run_path(str(ROOT / "experiments/paper/fig8_load.py"))
+    sentence = names["differs"](frame, {target: published_load(target) for target in names["TARGETS"]}, "a card")
+    assert said in sentence and f"MTP-1 keeps {100 * share:.0f} %" in sentence and "CPU" not in sentence
 
 
 @pytest.mark.slow
