@@ -126,11 +126,13 @@ def profile(
     device: str = "auto",
     engine: Engine | None = None,
     progress: bool = True,
+    tree: TreeShape | str | None = None,
 ) -> CostModel:
     """Measure and fit what iterations cost on this machine; see `Engine.profile`."""
     engine = engine or _load(target, drafter, dtype, device, max(concurrency))
     chosen = list(bundled_prompts() if prompts is None else prompts)
-    return engine.profile(chosen, concurrency=concurrency, max_tokens=max_tokens, seed=seed, progress=progress)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "progress": progress, "tree": tree}
+    return engine.profile(chosen, concurrency=concurrency, **options)
 
 
 def simulate(

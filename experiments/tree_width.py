@@ -32,7 +32,6 @@ from dspark_sim.analysis.metrics import per_request, summary
 from dspark_sim.analysis.stats import paired_difference, run_intervals
 from dspark_sim.analysis.tables import aligned
 from dspark_sim.analysis.tree_rates import rates_by_rank
-from dspark_sim.engine.explore import Explore
 from dspark_sim.errors import UserError
 from dspark_sim.policy import PrefixScheduler, SpeculationPolicy
 from dspark_sim.simulate import RecordedAnchors
@@ -180,17 +179,13 @@ def profiled(engine: Engine, size: Scale, most: int, out: Path) -> dict[str, Cos
         **{"chain": None, "factorised": best_first("factorised", most), "markov": best_first("markov", most)},
         **{"sequoia": Sequoia(most), "width": FixedWidth(2, 4 if most >= 30 else 2)},
     }
-    engine.warm_up(prompts)
     for tree in trees.values():
-        engine.record(prompts, Fixed(engine.num_drafts(tree)), ClosedLoop(2), max_tokens=6, tree=tree, progress=False)
+        engine.warm_up(prompts, tree=tree)
     steps: dict[str, list[pd.DataFrame]] = {kind: [] for kind in KINDS}
     passes = [(kind, users, seed) for seed in range(size.passes) for users in size.profiled for kind in KINDS]
     for kind, users, seed in tqdm(passes, desc="profile", unit="pass"):
-        policy = Explore(engine.num_drafts(trees[kind]), seed)
-        trace = engine.record(
-            prompts, policy, ClosedLoop(users), max_tokens=size.profile_tokens, num_requests=max(users, 4),
-            tree=trees[kind], progress=False,
-        )  # fmt: skip
+        options: dict[str, Any] = {"max_tokens": size.profile_tokens, "num_requests": max(users, 4), "seed": seed}
+        trace = engine.profile_pass(prompts, users, tree=trees[kind], **options)
         steps[kind].append(trace.steps)
     costs = {}
     for kind, path in paths.items():

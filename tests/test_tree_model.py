@@ -88,6 +88,15 @@ def test_coupled_trees_replay(engine: Engine) -> None:
         assert verdict, verdict.message
 
 
+def test_a_profile_of_trees_measures_their_batches_and_their_drafting(engine: Engine) -> None:
+    trace = engine.profile_pass(PROMPTS, 2, max_tokens=16, num_requests=2, tree="best-first:9")
+    assert trace.config["tree"] == "best-first:9"
+    assert 7 < trace.drafts["verify_len"].max() <= 9
+    cost = engine.profile(PROMPTS, concurrency=(2,), max_tokens=16, progress=False, tree="best-first:9")
+    assert cost.largest_batch > 2 * (1 + engine.block_size)
+    assert cost.draft.seconds(2.0, num_requests=2.0, context_tokens=50.0, draft_len=9.0, draft_tokens=18.0) > 0
+
+
 def test_benchmarks_compare_equal_rounds_and_charge_the_build(engine: Engine) -> None:
     (row,) = tree_over_chain(engine, PROMPTS, max_tokens=8, repeats=1, users=(2,))
     assert row["same_rounds"] and row["ratio_low"] == row["ratio"] == row["ratio_high"] > 0

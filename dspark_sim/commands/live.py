@@ -95,6 +95,8 @@ class Profile:
     prompts: tyro.conf.OmitArgPrefixes[PromptOptions] = PromptOptions()
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of users to measure at."""
+    tree: str = "chain"
+    """As for `record`: drafting and building such trees is then what a draft costs."""
     max_tokens: int = 32
     """Output tokens per request."""
     seed: int = 0
@@ -108,7 +110,11 @@ class Profile:
             raise UserError(f"concurrency is {self.concurrency}; give one or more positive numbers")
         engine = self.model.load(max(self.concurrency))
         cost = engine.profile(
-            self.prompts.load(), concurrency=self.concurrency, max_tokens=self.max_tokens, seed=self.seed
+            self.prompts.load(),
+            concurrency=self.concurrency,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            tree=self.tree,
         )
         cost.write(self.out)
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size <= cost.largest_batch]

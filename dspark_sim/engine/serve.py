@@ -320,24 +320,23 @@ class Engine:
         max_tokens: int = 32,
         seed: int = 0,
         progress: bool = True,
+        tree: TreeShape | str | None = None,
     ) -> CostModel:
         """Measure what iterations cost, at many batch sizes, and fit a cost model.
 
-        Each concurrency is one `profile_pass` with as many requests as users, at least 4.
+        Each concurrency is one `profile_pass` with as many requests as users, at least 4. With a `tree` its building is
+        part of the draft's cost.
         """
-        self.warm_up(prompts, seed=seed)
-        traces = [
-            self.profile_pass(
-                prompts, users, max_tokens=max_tokens, num_requests=max(users, 4), seed=seed, progress=progress
-            )
-            for users in concurrency
-        ]
-        return self.fit_cost(traces)
+        self.warm_up(prompts, seed=seed, tree=tree)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "progress": progress, "tree": tree}
+        return self.fit_cost(
+            [self.profile_pass(prompts, users, num_requests=max(users, 4), **options) for users in concurrency]
+        )
 
-    def warm_up(self, prompts: Sequence[Prompt], *, seed: int = 0) -> None:
+    def warm_up(self, prompts: Sequence[Prompt], *, seed: int = 0, tree: TreeShape | str | None = None) -> None:
         """Decode a few tokens: the first passes pay for lazy initialisation and are not the steady cost."""
         users = min(2, self.max_num_seqs)
-        self.record(prompts[:2], Explore(self.block_size, seed), ClosedLoop(users), max_tokens=8, progress=False)
+        self.profile_pass(prompts[:2], users, max_tokens=8, num_requests=min(2, len(prompts)), seed=seed, tree=tree)
 
     def profile_pass(
         self,
@@ -348,15 +347,17 @@ class Engine:
         num_requests: int,
         seed: int = 0,
         progress: bool = False,
+        tree: TreeShape | str | None = None,
     ) -> Trace:
         """A closed loop whose draft and verify lengths vary at random: its batches hold from R to R·(1+γ) tokens."""
         return self.record(
             prompts,
-            Explore(self.block_size, seed),
+            Explore(self.num_drafts(tree), seed),
             ClosedLoop(num_users),
             max_tokens=max_tokens,
             num_requests=num_requests,
             progress=progress,
+            tree=tree,
         )
 
     def fit_cost(self, own: Sequence[Trace], others: Sequence[Trace] = ()) -> CostModel:
