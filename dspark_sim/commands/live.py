@@ -223,7 +223,7 @@ class Bench:
 
         prompts = bundled_prompts(per_domain=self.per_domain)
         engine = self.model.load(16)
-        print("\nA tree of width 1 against the chain (ratio above 1: the tree is slower)")
+        print("\nThe code of trees on trees without a branch, against chains (ratio above 1: trees are slower)")
         ratio = pd.DataFrame(tree_over_chain(engine, prompts, self.max_tokens, self.repeats))
         print_table(ratio)
         print("\nBuilding trees of 64 nodes, all verified")

@@ -349,7 +349,7 @@ class Engine:
         progress: bool = False,
         tree: TreeShape | str | None = None,
     ) -> Trace:
-        """A closed loop whose draft and verify lengths vary at random: its batches hold from R to R·(1+γ) tokens."""
+        """A closed loop whose draft and verify lengths vary at random, from nothing to whole drafts."""
         return self.record(
             prompts,
             Explore(self.num_drafts(tree), seed),
